@@ -1,0 +1,192 @@
+"""`taskvec`: run, status, trace, ui. Imports what a command needs and no more."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from taskvec.errors import TaskvecError
+
+if TYPE_CHECKING:
+    from flows.dag import Dag, Node
+    from flows.edit_models import Outcome
+
+app = typer.Typer(
+    name="taskvec",
+    help="Edit models with task vectors, and know where every edited model came from.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Targets = Annotated[
+    list[str] | None,
+    typer.Argument(help="Stages, tasks, edits, or `results` (all seeds); default: all of dvc.yaml"),
+]
+
+
+@app.command()
+def run(
+    targets: Targets = None,
+    slots: Annotated[int | None, typer.Option(min=1, help="CPU slots; default: cores")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for another run to end")] = False,
+) -> None:
+    """Bring stages up to date: run what is stale, and nothing else."""
+    from flows import locking
+
+    root = _root()
+    with locking.held(root, "taskvec run", wait=wait):
+        dag, nodes = _plan(root, targets or [], repair=True)
+        stale = [node for node in nodes if node.reasons]
+        if not stale:
+            _say(f"nothing to do: {len(nodes)} stages are up to date")
+            return
+        from flows.edit_models import run_flow
+        from flows.terminal import Terminal
+        from flows.workers import check_command, find_slots
+
+        for node in stale:
+            check_command(node)
+        with Terminal(len(stale)) as terminal:
+            outcomes = run_flow(root, dag, nodes, find_slots(slots), terminal.listener())
+    _finish(root, nodes, outcomes)
+
+
+@app.command()
+def status(
+    targets: Targets = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Say what is stale and why."""
+    _, nodes = _plan(_root(), targets or [], repair=False)
+    stale = [node for node in nodes if node.reasons]
+    notes = _origin_notes(stale)
+    if as_json:
+        content = {
+            "up_to_date": not stale,
+            "stages": [
+                {
+                    "name": node.name,
+                    "address": node.address,
+                    "stale": bool(node.reasons),
+                    "why": [{"kind": r.kind, "words": r.words} for r in node.reasons],
+                }
+                for node in nodes
+            ],
+            "notes": notes,
+        }
+        typer.echo(json.dumps(content, indent=2))
+        return
+    if not stale:
+        typer.echo(f"up to date: {len(nodes)} stages")
+        return
+    width = max(len(node.name) for node in stale)
+    for node in stale:
+        typer.echo(f"{node.name:{width}}  {'; '.join(r.words for r in node.reasons)}")
+    for note in notes:
+        typer.echo(f"note: {note}")
+    typer.echo(
+        f"{len(stale)} of {len(nodes)} stages are stale; `taskvec run` brings them up to date"
+    )
+
+
+@app.command()
+def results() -> None:
+    """Print how the models do on test data, and where the report lies."""
+    from flows.terminal import print_results
+
+    print_results(_root())
+
+
+@app.command()
+def trace(
+    path: Annotated[Path, typer.Argument(help="A file that a stage made")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Say where a file came from: stages, parameters, inputs and runs, back to the data."""
+    from flows import trace as tracing
+
+    chain = tracing.trace(_root(), path)
+    typer.echo(json.dumps(chain, indent=2) if as_json else tracing.render(chain))
+
+
+@app.command()
+def ui() -> None:
+    """Start the MLflow and Prefect UIs on loopback; Ctrl-C stops them."""
+    from flows.ui import serve
+
+    serve(_root(), typer.echo)
+
+
+def main() -> None:
+    """Run the command line; errors become one message and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except TaskvecError as error:
+        _say(f"error: {error}")
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on where it stopped")
+        sys.exit(130)
+    except Exception as error:
+        # click's own usage errors know how to show themselves
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", 2))
+
+
+def _root() -> Path:
+    return Path.cwd()
+
+
+def _plan(root: Path, targets: list[str], *, repair: bool) -> tuple["Dag", list["Node"]]:
+    """Check the parameters, render what follows from them, and ask DVC what is stale."""
+    from flows import plan, rendering
+    from taskvec import params as parameters
+
+    if not rendering.is_fresh(root):
+        params = parameters.load(root / "params.yaml")
+        for path in plan.write(root, params):
+            _say(f"rendered {path.relative_to(root)}")
+        rendering.remember(root)
+    from flows.dag import Dag
+
+    dag = Dag(root)
+    if repair:
+        dag.repair()
+    return dag, dag.plan(targets)
+
+
+def _origin_notes(stale: list["Node"]) -> list[str]:
+    if any(node.stage == "pretrain" for node in stale):
+        return ["the pre-trained model may change: every vector then gets a new origin"]
+    return []
+
+
+def _finish(root: Path, nodes: list["Node"], outcomes: list["Outcome"]) -> None:
+    failed = [outcome for outcome in outcomes if outcome.how == "failed"]
+    counts = {how: sum(o.how == how for o in outcomes) for how in
+              ("run", "run-cache", "unchanged", "failed", "not run")}  # fmt: skip
+    words = {"run": "run", "run-cache": "restored from the run cache"}
+    _say(", ".join(f"{n} {words.get(how, how)}" for how, n in counts.items() if n))
+    if failed:
+        for outcome in failed:
+            _say(f"error: {outcome.error}")
+        _say("the rest is kept; `taskvec run` goes on where this stopped")
+        sys.exit(max(outcome.exit_code for outcome in failed))
+    for out in [out for node in nodes if node.stage == "report" for out in node.outs]:
+        _say(f"report: {root / out}")
+
+
+def _say(text: Any) -> None:
+    typer.echo(text, err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,423 @@
+"""DVC's graph: what is stale and why, and the bookkeeping around a stage.
+
+The only module that imports dvc, whose Python interface is not public: the version is pinned.
+The life of a stage:
+
+    begin   (repository locked) remove old outputs; restore from the run cache, else
+    run     (not locked, by somebody else) the stage writes its outputs; rwlock entries guard them
+    commit  (repository locked) hash, check that the dependencies did not move, put into the cache
+    flush   write the lock entries of finished stages, atomically, in the order of the plan
+
+What `dvc repro` would leave is left here byte for byte: see tests/test_pipeline.py.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dvc.dependency.param import ParamsDependency
+from dvc.exceptions import DvcException
+from dvc.lock import make_lock
+from dvc.repo import Repo, lock_repo
+from dvc.repo.reproduce import get_active_graph, plan_repro
+from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK, rwlock
+from dvc.stage import Stage
+from dvc.stage.cache import RunCacheNotFoundError
+from dvc.stage.serialize import to_single_stage_lockfile
+from dvc.utils.serialize import dumps_yaml, load_path, load_yaml
+
+from taskvec.atomic import write_text
+from taskvec.errors import InvalidInput, TaskvecError, nearest
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a stage is stale: a kind to filter by, and words."""
+
+    kind: str  # never run, params, code, data, output, command, upstream
+    words: str
+
+
+@dataclass
+class Node:
+    """A stage of the graph, as the flow and the reports see it.
+
+    Attributes:
+        name: as DVC prints it, without the file: ``fine_tune@mnist-0``, ``search-addition-0``.
+        address: as DVC addresses it: ``edits/dvc.yaml:search-addition-0``.
+        command: constant string ``python -m tasks STAGE [ITEM]``.
+        gpus: devices that the stage wants.
+        timeout: seconds after which it is killed.
+        upstream: addresses of the stages that it depends on.
+        deps: paths of its file dependencies, relative to the root.
+        outs: paths of its outputs, relative to the root.
+        params: declared parameters with their present values, flat.
+        reasons: why it is stale; empty if it is not.
+    """
+
+    name: str
+    address: str
+    command: str
+    gpus: int
+    timeout: float
+    upstream: list[str]
+    deps: list[str]
+    outs: list[str]
+    params: dict[str, Any] = field(default_factory=dict)
+    reasons: list[Reason] = field(default_factory=list)
+
+    @property
+    def stage(self) -> str:
+        """The name of the stage's module in tasks/."""
+        return self.command.split()[3]
+
+    @property
+    def item(self) -> str:
+        """What the stage works on; may be empty."""
+        return (self.command.split() + [""])[4]
+
+
+class StageChanged(TaskvecError):
+    """A dependency moved while its stage ran."""
+
+
+class Dag:
+    """The graph of one checkout. Thread-safe: one lock guards the one `Repo`."""
+
+    def __init__(self, root: Path) -> None:
+        """Load the graph below ``root``, the directory of dvc.yaml."""
+        self._root = root
+        self._mutex = threading.RLock()
+        self._entries: dict[str, dict[str, dict[str, Any]]] = {}  # lock file -> stage -> entry
+        self._flushed = 0.0
+        try:
+            self._repo = Repo(str(root), _wait_for_lock=True)
+            self._graph = get_active_graph(self._repo.index.graph)
+            main = self._repo.stage.collect(str(root / "dvc.yaml"))
+        except DvcException as error:
+            raise InvalidInput(f"DVC cannot load the graph: {_flat(error)}") from None
+        self._stages = {self._address(stage): stage for stage in self._graph}
+        self._main = [self._address(stage) for stage in plan_repro(self._graph, main)]
+        rest = [self._address(stage) for stage in plan_repro(self._graph)]
+        self.order = list(dict.fromkeys([*self._main, *rest]))
+        self._saved = {address: _remember(stage) for address, stage in self._stages.items()}
+
+    def plan(self, targets: Iterable[str] = ()) -> list[Node]:
+        """Return the stages that targets need, in the order in which `dvc repro` would run them.
+
+        Args:
+            targets: names of stages, tasks, edits or of ``results``; none: all of dvc.yaml and what
+                it needs, as for `dvc repro`.
+
+        Raises:
+            InvalidInput: a target names nothing.
+        """
+        wanted = [address for target in targets for address in self._match(target)]
+        if wanted:
+            needed = plan_repro(self._graph, [self._stages[address] for address in wanted])
+            addresses = {self._address(stage) for stage in needed}
+        else:
+            addresses = set(self._main)
+        nodes = [self._node(address) for address in self.order if address in addresses]
+        stale = {node.address for node in nodes if node.reasons}
+        for node in nodes:
+            above = [self._stages[a].name for a in node.upstream if a in stale]
+            if above and not node.reasons:
+                words = f"{above[0]} will run" + (
+                    f" (and {len(above) - 1} more)" * (len(above) > 1)
+                )
+                node.reasons.append(Reason("upstream", words))
+                stale.add(node.address)
+        return nodes
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Return what the lock files record: address -> entry (cmd, deps, params, outs)."""
+        result = {}
+        for path in sorted({self._lock_path(stage) for stage in self._stages.values()}):
+            stages = (load_yaml(path) if Path(path).is_file() else {}).get("stages", {})
+            for address, stage in self._stages.items():
+                if self._lock_path(stage) == path and stage.name in stages:
+                    result[address] = stages[stage.name]
+        return result
+
+    def why(self, address: str) -> list[Reason]:
+        """Return why a stage itself is stale, without its upstream; empty if it is not."""
+        stage = self._stages[address]
+        if not any(out.hash_info for out in stage.outs):
+            return [Reason("never run", "never run")]
+        reasons = []
+        if stage.cmd_changed:
+            reasons.append(Reason("command", "its command changed"))
+        for dep in stage.deps:
+            if isinstance(dep, ParamsDependency):
+                reasons += self._changed_params(dep)
+            elif status := dep.status():
+                reasons.append(Reason("data", f"{self._relative(dep)} is {_word(status)}"))
+        reasons += [
+            Reason("output", f"its output {self._relative(out)} is {_word(status)}")
+            for out in stage.outs
+            if (status := out.status())
+        ]
+        return reasons
+
+    def begin(self, address: str) -> str:
+        """Prepare a stage; return "skip", "restored" (from the run cache) or "run".
+
+        After "run" the caller does the work and then calls `commit`; after "restored" it calls
+        `commit` at once.
+        """
+        with self._locked():
+            stage = self._stages[address]
+            # Never go on with what an earlier attempt left in the object: with the new hashes of
+            # the dependencies in it, the run cache would hand back the old outputs for them.
+            _recall(stage, self._saved[address])
+            self._params.clear()
+            if not self.why(address):
+                return "skip"
+            stage.remove_outs(ignore_remove=False)
+            try:
+                self._repo.stage_cache.restore(stage)
+            except RunCacheNotFoundError:
+                stage.save_deps()
+                for out in stage.outs:
+                    Path(out.fs_path).parent.mkdir(parents=True, exist_ok=True)
+                return "run"
+            return "restored"
+
+    @contextmanager
+    def guard(self, address: str, owner: str) -> Iterator[None]:
+        """Keep other DVC commands off a stage's files while it runs."""
+        stage = self._stages[address]
+        read = [dep.fs_path for dep in stage.deps if not isinstance(dep, ParamsDependency)]
+        write = [out.fs_path for out in stage.outs]
+        stack = ExitStack()
+        with self._mutex:
+            stack.enter_context(
+                rwlock(
+                    self._repo.tmp_dir, self._repo.fs, f"{owner} {address}", read, write,
+                    self._repo.config["core"].get("hardlink_lock", False),
+                )
+            )  # fmt: skip
+        try:
+            yield
+        finally:
+            with self._mutex:
+                stack.close()
+
+    def commit(self, address: str) -> dict[str, str]:
+        """Hash and cache the outputs of a stage; return path -> md5 of each.
+
+        Raises:
+            StageChanged: a dependency is not what it was when the stage began.
+        """
+        with self._locked():
+            stage = self._stages[address]
+            before = [_hash(dep) for dep in stage.deps]
+            try:
+                stage.save(
+                    run_cache=all(o.use_cache or o.is_metric or o.is_plot for o in stage.outs)
+                )
+            except DvcException as error:
+                raise TaskvecError(f"{stage.name}: {_flat(error)}") from None
+            moved = [
+                self._relative(dep)
+                for dep, old in zip(stage.deps, before, strict=True)
+                if _hash(dep) != old
+            ]
+            if moved:
+                raise StageChanged(f"{moved[0]} changed while {stage.name} ran; run again")
+            stage.commit()
+            self._entries.setdefault(self._lock_path(stage), {})[stage.name] = (
+                to_single_stage_lockfile(stage)
+            )
+            self._saved[address] = _remember(stage)
+            return {self._relative(out): str(out.hash_info.value) for out in stage.outs}
+
+    def inputs(self, address: str) -> dict[str, str]:
+        """Return path -> md5 of a stage's file dependencies, as last hashed."""
+        return {
+            self._relative(dep): str(dep.hash_info.value)
+            for dep in self._stages[address].deps
+            if not isinstance(dep, ParamsDependency) and dep.hash_info
+        }
+
+    def flush(self, *, at_most_every: float = 0.0) -> None:
+        """Write the entries of all stages committed since the last flush into the lock files.
+
+        Args:
+            at_most_every: seconds; within them nothing is done, since rewriting a long lock file
+                costs a tenth of a second. What a kill then loses comes back from the run cache.
+        """
+        if time.monotonic() - self._flushed < at_most_every:
+            return
+        with self._locked():
+            self._flushed = time.monotonic()
+            entries, self._entries = self._entries, {}
+            for path, fresh in entries.items():
+                text = load_yaml(path) if Path(path).is_file() else {}
+                stages = {**text.get("stages", {}), **fresh}
+                position = {self._stages[a].name: i for i, a in enumerate(self.order)}
+                last = len(position)
+                ordered = sorted(stages, key=lambda name: position.get(name, last))
+                write_text(
+                    Path(path),
+                    dumps_yaml({"schema": "2.0", "stages": {n: stages[n] for n in ordered}}),
+                )
+
+    def repair(self) -> None:
+        """Remove a truncated rwlock file, which a kill of any DVC command may leave.
+
+        DVC rewrites that file in place and then refuses to work for ever. Whoever writes it holds
+        its guard, which is held here: nobody is writing.
+        """
+        path = Path(self._repo.tmp_dir) / RWLOCK_FILE
+        guard = make_lock(str(path.with_name(RWLOCK_LOCK)), tmp_dir=self._repo.tmp_dir, wait=True)
+        with self._mutex, guard:
+            try:
+                json.loads(path.read_text() or "broken")
+            except FileNotFoundError:
+                return
+            except ValueError:
+                path.unlink()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._mutex, lock_repo(self._repo):
+            yield
+
+    def _match(self, target: str) -> list[str]:
+        """Return the addresses that a target means: its last stages."""
+        if target == "results":
+            found = [a for a in self.order if a.startswith("results/")]
+        else:
+            found = [a for a in self.order if target in (a, self._stages[a].name)]
+        if not found:
+            in_main = set(self._main)
+            named = [a for a in self.order if a in in_main and target in _names(self._stages[a])]
+            found = [a for a in named if not any(a in self._upstream(b) for b in named)]
+        if not found:
+            known = {name for a in self._main for name in _names(self._stages[a])}
+            raise InvalidInput(f"nothing is called {target!r}; {nearest(target, known)}, results")
+        return found
+
+    def _upstream(self, address: str) -> list[str]:
+        return [self._address(stage) for stage in self._graph.successors(self._stages[address])]
+
+    def _node(self, address: str) -> Node:
+        stage = self._stages[address]
+        meta = stage.meta or {}
+        params = {
+            f"{dep.def_path}:{key}" if dep.def_path != "params.yaml" else key: value
+            for dep in stage.params
+            for key, value in self._values(dep).items()
+        }
+        return Node(
+            name=stage.name,
+            address=address,
+            command=stage.cmd,
+            gpus=int(meta.get("gpu", 0)),
+            timeout=float(meta.get("timeout", 3600)),
+            upstream=sorted(self._upstream(address)),
+            deps=[self._relative(d) for d in stage.deps if not isinstance(d, ParamsDependency)],
+            outs=[self._relative(out) for out in stage.outs],
+            params=params,
+            reasons=self.why(address),
+        )
+
+    def _changed_params(self, dep: Any) -> list[Reason]:
+        old, new = dep.hash_info.value or {}, self._values(dep)
+        is_code = dep.def_path == "code.yaml"
+        reasons = []
+        for key in dep.params:
+            if key in new and key in old and new[key] == old[key]:
+                continue
+            if is_code and key not in ("python",) and not key.startswith(("packages.", "pictures")):
+                reasons.append(Reason("code", "its code changed"))
+            else:
+                reasons += [
+                    Reason("params", words)
+                    for words in _differences(key, old.get(key), new.get(key))
+                ]
+        return reasons
+
+    def _values(self, dep: Any) -> dict[str, Any]:
+        """Return the present values of a parameter dependency; each file is read once."""
+        path = dep.fs_path
+        if path not in self._params:
+            self._params[path] = load_path(path, dep.fs) if Path(path).is_file() else {}
+        result = {}
+        for key in dep.params:
+            value = self._params[path]
+            try:
+                for part in key.split("."):
+                    value = value[part]
+            except (KeyError, TypeError):
+                continue
+            result[key] = value
+        return result
+
+    @cached_property
+    def _params(self) -> dict[str, Any]:
+        return {}
+
+    def _address(self, stage: Stage) -> str:
+        file = os.path.relpath(stage.path, self._root)
+        return stage.name if file == "dvc.yaml" else f"{file}:{stage.name}"
+
+    def _relative(self, item: Any) -> str:
+        return os.path.relpath(item.fs_path, self._root)
+
+    def _lock_path(self, stage: Stage) -> str:
+        return str(Path(stage.path).with_suffix(".lock"))
+
+
+def _names(stage: Stage) -> set[str]:
+    """Return what a stage may be called: its module, its item and the item without the seed."""
+    _, _, _, name, *items = stage.cmd.split()
+    return {name, *items, *(item.rpartition("-")[0] for item in items if "-" in item)}
+
+
+def _remember(stage: Stage) -> list[tuple[Any, Any, Any]]:
+    return [(x.hash_info, x.meta, x.obj) for x in (*stage.deps, *stage.outs)]
+
+
+def _recall(stage: Stage, saved: list[tuple[Any, Any, Any]]) -> None:
+    for item, (hash_info, meta, obj) in zip((*stage.deps, *stage.outs), saved, strict=True):
+        item.hash_info, item.meta, item.obj = hash_info, meta, obj
+
+
+def _hash(dep: Any) -> Any:
+    return dep.hash_info.value
+
+
+def _word(status: dict[str, str]) -> str:
+    word = next(iter(status.values()))
+    return {"modified": "changed", "deleted": "missing", "new": "new"}.get(word, word)
+
+
+def _differences(key: str, old: Any, new: Any) -> list[str]:
+    """Return what changed below a key, in words, with old and new values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            words
+            for name in [*new, *(n for n in old if n not in new)]
+            if old.get(name) != new.get(name)
+            for words in _differences(f"{key}.{name}", old.get(name), new.get(name))
+        ]
+    return [f"{key} changed: {_brief(old)} -> {_brief(new)}"]
+
+
+def _brief(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _flat(error: Exception) -> str:
+    return " ".join(str(error).split())

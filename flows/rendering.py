@@ -1,0 +1,46 @@
+"""Whether the rendered files are still those of the present sources, told by one digest.
+
+Rendering parses all code; a digest over the same bytes takes milliseconds. The digest lies in
+.taskvec/ and is no truth: without it everything is rendered and compared anew.
+"""
+
+import hashlib
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from flows import plan
+
+RENDERED = ("code.yaml", "dvc.yaml", "edits/dvc.yaml", "results/dvc.yaml")
+
+
+def is_fresh(root: Path) -> bool:
+    """Return whether sources and rendered files are those of the last `remember`."""
+    mark = _mark(root)
+    return mark.is_file() and mark.read_text() == _digest(root)
+
+
+def remember(root: Path) -> None:
+    """Note that the rendered files belong to the present sources."""
+    mark = _mark(root)
+    mark.parent.mkdir(exist_ok=True)
+    mark.write_text(_digest(root))
+
+
+def _mark(root: Path) -> Path:
+    return root / ".taskvec" / "rendered"
+
+
+def _digest(root: Path) -> str:
+    digest = hashlib.sha256(sys.version.encode())
+    for name in plan.PACKAGES:
+        digest.update(version(name).encode())
+    sources = [
+        path
+        for room in ("flows", "taskvec", "tasks")
+        for path in (plan.SOURCES / room).rglob("*.py")
+    ]
+    for path in [*sorted(sources), root / "params.yaml", *(root / name for name in RENDERED)]:
+        digest.update(f"{path}\n".encode())
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,197 @@
+"""Local servers: found if they run, else started on loopback and stopped by the starter."""
+
+import base64
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from taskvec.errors import ServiceUnreachable
+
+START_SECONDS = 90
+STOP_SECONDS = 15
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(url: str, headers: Mapping[str, str] | None = None) -> bool:
+    """Return whether a server answers a GET with a status below 400."""
+    try:
+        request = urllib.request.Request(url, headers=dict(headers or {}))
+        with urllib.request.urlopen(request, timeout=2) as response:
+            return int(response.status) < 400
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def wait_for(
+    url: str,
+    process: subprocess.Popen[bytes],
+    log: Path,
+    what: str,
+    headers: Mapping[str, str] | None = None,
+) -> None:
+    """Wait until a server that was just started answers.
+
+    Raises:
+        ServiceUnreachable: it ended, or does not answer in time.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if answers(url, headers):
+            return
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    stop(process)
+    tail = log.read_text(errors="replace").splitlines()[-5:] if log.is_file() else []
+    raise ServiceUnreachable(f"{what} did not start; the end of {log.name}:\n" + "\n".join(tail))
+
+
+def spawn(command: list[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a server that ends with this process; its output goes to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows.keeper", *command],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Stop a server and everything that it started."""
+    if process.stdin:
+        process.stdin.close()  # the keeper then ends its whole group
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def prefect_environment(root: Path, port: int, password: str) -> dict[str, str]:
+    """Return the settings of a Prefect server and its clients: loopback, password, own database."""
+    home = root / ".taskvec" / "prefect"
+    home.mkdir(parents=True, exist_ok=True)
+    url = f"http://127.0.0.1:{port}"
+    return {
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": f"{url}/api",
+        "PREFECT_API_AUTH_STRING": password,
+        "PREFECT_SERVER_API_AUTH_STRING": password,
+        "PREFECT_SERVER_API_HOST": "127.0.0.1",
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": url,
+        "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
+        "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_API_URL": f"{url}/api",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "PREFECT_CLI_PROMPT": "false",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def prefect_command(port: int, *, ui: bool) -> list[str]:
+    """Return the command of a Prefect server on loopback; without UI also without schedulers."""
+    extra = ["--ui"] if ui else ["--no-ui", "--no-services"]
+    return [
+        sys.executable, "-m", "prefect", "server", "start",
+        "--host", "127.0.0.1", "--port", str(port), "--analytics-off", *extra,
+    ]  # fmt: skip
+
+
+def new_password() -> str:
+    """Return a fresh user:password for a Prefect server."""
+    return f"taskvec:{secrets.token_urlsafe(24)}"
+
+
+@dataclass(frozen=True)
+class Prefect:
+    """A Prefect server: its address and the environment that a client needs."""
+
+    environment: dict[str, str]
+
+    @property
+    def url(self) -> str:
+        """The address of the API."""
+        return self.environment["PREFECT_API_URL"]
+
+
+def running_prefect(root: Path) -> Prefect | None:
+    """Return the server of PREFECT_API_URL or of a running `taskvec ui`, if there is one.
+
+    Raises:
+        ServiceUnreachable: PREFECT_API_URL is set and nobody answers there.
+    """
+    url = os.environ.get("PREFECT_API_URL")
+    if url:
+        if not answers(
+            f"{url}/health", _authorization(os.environ.get("PREFECT_API_AUTH_STRING", ""))
+        ):
+            raise ServiceUnreachable(
+                f"no Prefect server answers at PREFECT_API_URL={url}; "
+                "start it, or unset the variable to use a server of this run's own"
+            )
+        return Prefect({"PREFECT_API_URL": url})
+    try:
+        environment = json.loads(services_file(root).read_text())["prefect"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    server = Prefect(environment)
+    headers = _authorization(environment["PREFECT_API_AUTH_STRING"])
+    return server if answers(f"{server.url}/health", headers) else None
+
+
+@contextmanager
+def started_prefect(root: Path, *, ui: bool, port: int = 0) -> Iterator[Prefect]:
+    """Start a Prefect server on loopback, stop it at the end; also if this process is killed."""
+    port = port or free_port()
+    environment = prefect_environment(root, port, new_password())
+    log = root / ".taskvec" / "logs" / "prefect-server.log"
+    process = spawn(prefect_command(port, ui=ui), log, environment)
+    try:
+        server = Prefect(environment)
+        headers = _authorization(environment["PREFECT_API_AUTH_STRING"])
+        wait_for(f"{server.url}/health", process, log, "the Prefect server", headers)
+        yield server
+    finally:
+        stop(process)
+
+
+def services_file(root: Path) -> Path:
+    """Where a running `taskvec ui` says how to reach it; readable by its owner only."""
+    return root / ".taskvec" / "services.json"
+
+
+def write_services(root: Path, services: Mapping[str, Mapping[str, str]]) -> None:
+    """Write the services file; it holds a password."""
+    path = services_file(root)
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(services, file)
+
+
+def _authorization(password: str) -> dict[str, str]:
+    token = base64.b64encode(password.encode()).decode()
+    return {"Authorization": f"Basic {token}"} if password else {}

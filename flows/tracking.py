@@ -1,0 +1,286 @@
+"""MLflow: one run a flow run, one child run an executed stage. The only module that imports mlflow.
+
+Everything goes through one thread, so that tracking neither delays a stage nor writes to SQLite
+from two places. Checkpoints, vectors and edited models become LoggedModels that point to the
+files DVC keeps; no byte is copied.
+"""
+
+import json
+import logging
+import os
+import queue
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from flows.dag import Node
+
+EXPERIMENT = "taskvec"
+MODEL_TYPES = {"checkpoints": "checkpoint", "vectors": "task vector", "edits": "edited model"}
+FLUSH_SECONDS = 60
+
+
+def tracking_uri(root: Path) -> str:
+    """Return MLFLOW_TRACKING_URI, or this checkout's own SQLite file."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What is recorded of one executed stage.
+
+    Attributes:
+        how: "run" or "run-cache".
+        because: why it was stale, in words.
+        prefect_task_run: id, may be empty.
+        started: seconds since the epoch.
+    """
+
+    node: Node
+    how: str
+    because: str
+    prefect_task_run: str
+    started: float = field(default_factory=time.time)
+
+
+class Tracker:
+    """Records a flow run. Methods return at once; `close` waits for what is outstanding."""
+
+    def __init__(self, root: Path, warn: Callable[[str], None]) -> None:
+        self._root = root
+        self._warn = warn
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._client: Any = None
+        self._experiment = ""
+        self._parent = ""
+        self._runs: dict[str, str] = {}  # address -> MLflow run of the stage
+        self._models: dict[str, str] = {}  # md5 -> LoggedModel
+        self._broken = False
+
+    @property
+    def run_id(self) -> str:
+        """The parent run's id; empty until it exists."""
+        return self._parent
+
+    def start(self, tags: Mapping[str, str]) -> None:
+        """Open the database and the parent run, on the tracking thread."""
+        self._thread.start()
+        self._queue.put(lambda: self._open(dict(tags)))
+
+    def begin(self, record: StageRecord) -> None:
+        """Open the child run of a stage."""
+        self._queue.put(lambda: self._begin(record))
+
+    def progress(self, address: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Record metrics of a running stage."""
+        now = int(time.time() * 1000)
+        self._queue.put(lambda: self._progress(address, step, dict(metrics), now))
+
+    def end(
+        self, address: str, status: str, outs: Mapping[str, str], inputs: Mapping[str, str]
+    ) -> None:
+        """Close the child run of a stage: FINISHED or FAILED, with the digests of its files."""
+        self._queue.put(lambda: self._end(address, status, dict(outs), dict(inputs)))
+
+    def close(self, status: str) -> None:
+        """Close the parent run and wait for the thread, at most a minute."""
+        self._queue.put(lambda: self._client.set_terminated(self._parent, status))
+        self._queue.put(None)
+        self._thread.join(FLUSH_SECONDS)
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            if self._broken:
+                continue
+            try:
+                job()
+            except Exception as error:  # whatever MLflow raises must not stop the work
+                self._broken = True
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                self._warn(f"MLflow does not answer; this run is not recorded ({reason})")
+
+    def _open(self, tags: dict[str, str]) -> None:
+        # MLflow sets the variable itself, so ask before it is told where to write.
+        own = "MLFLOW_TRACKING_URI" not in os.environ
+        uri = tracking_uri(self._root)
+        mlflow = _mlflow()
+        place = (self._root / "mlartifacts").as_uri()
+        # Two processes that create the schema at once destroy it.
+        lock = self._root / ".taskvec" / "mlflow.lock"
+        lock.parent.mkdir(exist_ok=True)
+        with FileLock(lock):
+            mlflow.set_tracking_uri(uri)
+            self._client = mlflow.MlflowClient()
+            found = self._client.get_experiment_by_name(EXPERIMENT)
+            self._experiment = (
+                found.experiment_id
+                if found
+                else self._client.create_experiment(EXPERIMENT, place if own else None)
+            )
+        name = tags.pop("name")
+        run = self._client.create_run(self._experiment, tags=tags, run_name=name)
+        self._parent = run.info.run_id
+
+    def _begin(self, record: StageRecord) -> None:
+        from mlflow.entities import Param
+
+        node = record.node
+        tags = {
+            "mlflow.parentRunId": self._parent,
+            "dvc.stage": node.address,
+            "how": record.how,
+            "stale.because": record.because,
+            "prefect.task_run": record.prefect_task_run,
+        }
+        run = self._client.create_run(
+            self._experiment,
+            start_time=int(record.started * 1000),
+            tags={key: value for key, value in tags.items() if value},
+            run_name=node.name,
+        )
+        self._runs[node.address] = run.info.run_id
+        params = [Param(key.replace(":", "/"), str(v)[:5900]) for key, v in _flatten(node.params)]
+        self._client.log_batch(run.info.run_id, params=params[:200])
+
+    def _progress(self, address: str, step: int, metrics: dict[str, float], now: int) -> None:
+        from mlflow.entities import Metric
+
+        entries = [Metric(name, value, now, step) for name, value in metrics.items()]
+        self._client.log_batch(self._runs[address], metrics=entries)
+
+    def _end(self, address: str, status: str, outs: dict[str, str], inputs: dict[str, str]) -> None:
+        run = self._runs.pop(address)
+        for tag, files in (("dvc.outs", outs), ("dvc.deps", inputs)):
+            if files:
+                self._client.set_tag(run, tag, " ".join(sorted(set(files.values()))))
+        if status == "FINISHED":
+            self._log_files(run, outs)
+            self._log_models(run, outs, inputs)
+        self._client.set_terminated(run, status)
+
+    def _log_files(self, run: str, outs: dict[str, str]) -> None:
+        """Log small outputs: metrics as metrics, tables and pages as artifacts."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        for name in sorted(outs):
+            path = self._root / name
+            if path.suffix == ".json":
+                values = json.loads(path.read_text())
+                metrics = [Metric(k, float(v), now, 0) for k, v in values.items()]
+                self._client.log_batch(run, metrics=metrics)
+            if path.suffix in (".json", ".csv", ".html", ".md", ".svg", ".png"):
+                self._client.log_artifact(run, str(path))
+
+    def _log_models(self, run: str, outs: dict[str, str], inputs: dict[str, str]) -> None:
+        import mlflow
+        from mlflow.entities import LoggedModelInput, LoggedModelOutput
+
+        parents = [
+            model
+            for name, md5 in sorted(inputs.items())
+            if _model_type(name) and (model := self._model(md5))
+        ]
+        if parents:
+            self._client.log_inputs(run, models=[LoggedModelInput(model) for model in parents])
+        for name, md5 in sorted(outs.items()):
+            kind = _model_type(name)
+            if not kind:
+                continue
+            logged = mlflow.create_external_model(
+                name=name.removeprefix("data/").removesuffix(".safetensors").replace("/", "-"),
+                source_run_id=run,
+                tags={"dvc.path": name, "dvc.md5": md5, **_header_tags(self._root / name)},
+                model_type=kind,
+                experiment_id=self._experiment,
+            )
+            self._models[md5] = logged.model_id
+            self._client.log_outputs(run, models=[LoggedModelOutput(logged.model_id, 0)])
+
+    def _model(self, md5: str) -> str:
+        """Return the LoggedModel of a file, also from an earlier run; empty if there is none."""
+        if md5 not in self._models:
+            found = self._client.search_logged_models(
+                [self._experiment], filter_string=f"tags.`dvc.md5` = '{md5}'", max_results=1
+            )
+            self._models[md5] = found[0].model_id if found else ""
+        return self._models[md5]
+
+
+def runs_by_output(root: Path) -> dict[str, dict[str, str]]:
+    """Return md5 -> tags (with ``run_id``) of the latest recorded run that made that output.
+
+    Reads MLflow's own SQLite file directly, because importing mlflow takes seconds; empty if runs
+    are recorded elsewhere.
+    """
+    uri = tracking_uri(root)
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or not path.is_file():
+        return {}
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
+        rows = database.execute(
+            "SELECT r.run_uuid, t.key, t.value FROM runs r JOIN tags t ON t.run_uuid = r.run_uuid "
+            "WHERE r.lifecycle_stage = 'active' AND r.status = 'FINISHED' ORDER BY r.end_time"
+        ).fetchall()
+    runs: dict[str, dict[str, str]] = {}
+    for run, key, value in rows:
+        runs.setdefault(run, {"run_id": run})[key] = value
+    return {md5: tags for tags in runs.values() for md5 in tags.get("dvc.outs", "").split()}
+
+
+def server_command(root: Path, port: int) -> list[str]:
+    """Return the command of an MLflow server on loopback that refuses foreign hosts."""
+    return [
+        sys.executable, "-m", "mlflow", "server",
+        "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--allowed-hosts", f"127.0.0.1:{port},localhost:{port}",
+        "--backend-store-uri", tracking_uri(root),
+        "--default-artifact-root", (root / "mlartifacts").as_uri(),
+    ]  # fmt: skip
+
+
+def _mlflow() -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return mlflow
+
+
+def _model_type(name: str) -> str:
+    parts = Path(name).parts
+    if not name.endswith(".safetensors") or len(parts) < 2 or parts[-1] == "basis.safetensors":
+        return ""
+    return MODEL_TYPES.get(parts[1], "")
+
+
+def _header_tags(path: Path) -> dict[str, str]:
+    """Return the fingerprint and the origin that a weights file states in its header."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    metadata = json.loads(header.get("__metadata__", {}).get("taskvec", "{}"))
+    return {
+        f"taskvec.{key}": str(metadata[key])
+        for key in ("fingerprint", "origin", "expression", "coefficients")
+        if key in metadata
+    }
+
+
+def _flatten(params: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    result = []
+    for key, value in params.items():
+        name = f"{prefix}{key}"
+        result += _flatten(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+    return result

@@ -1,0 +1,39 @@
+"""The UIs of MLflow and Prefect, on loopback, until Ctrl-C."""
+
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from flows.servers import (
+    free_port,
+    services_file,
+    spawn,
+    started_prefect,
+    stop,
+    wait_for,
+    write_services,
+)
+from flows.tracking import server_command
+
+
+def serve(root: Path, say: Callable[[str], None]) -> None:
+    """Start both servers, print their addresses and wait for Ctrl-C or SIGTERM."""
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    port = free_port()
+    log = root / ".taskvec" / "logs" / "mlflow-server.log"
+    mlflow = spawn(server_command(root, port), log, {"MLFLOW_DISABLE_TELEMETRY": "true"})
+    try:
+        with started_prefect(root, ui=True) as prefect:
+            wait_for(f"http://127.0.0.1:{port}/health", mlflow, log, "the MLflow server")
+            write_services(root, {"prefect": prefect.environment})
+            say(f"MLflow:  http://127.0.0.1:{port}")
+            say(f"Prefect: {prefect.url.removesuffix('/api')}")
+            say(f"         sign in with its PREFECT_API_AUTH_STRING in {services_file(root)}")
+            say("runs started meanwhile show there; Ctrl-C stops both")
+            ended.wait()
+    finally:
+        services_file(root).unlink(missing_ok=True)
+        stop(mlflow)

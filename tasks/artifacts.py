@@ -1,0 +1,80 @@
+"""Where every artifact lies: the only module that knows paths."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """The files of one experiment below ``root``; a seed is part of the name from fine_tune on."""
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        """The directory that DVC versions; git ignores it."""
+        return self.root / "data"
+
+    def images(self, task: str, split: str) -> Path:
+        """Pictures and labels of one split: alignment, train, validation or test."""
+        return self.data / "prepared" / task / f"{split}.safetensors"
+
+    def items(self, task: str) -> Path:
+        """The table of all items of a task: split, group, label and digest of each."""
+        return self.data / "prepared" / task / "items.csv"
+
+    def summary(self, task: str) -> Path:
+        """How many items each split holds, and how many duplicates were found."""
+        return self.data / "prepared" / task / "summary.json"
+
+    def pretrained(self) -> Path:
+        """The vision tower theta_pre that every task starts from."""
+        return self.data / "checkpoints" / "pretrained.safetensors"
+
+    def head(self, task: str) -> Path:
+        """The frozen classifier of a task."""
+        return self.data / "heads" / f"{task}.safetensors"
+
+    def checkpoint(self, task: str, seed: int) -> Path:
+        """The fine-tuned vision tower theta_ft."""
+        return self.data / "checkpoints" / f"{task}-{seed}.safetensors"
+
+    def training(self, task: str, seed: int) -> Path:
+        """The loss of every fine-tuning step."""
+        return self.data / "training" / f"{task}-{seed}.csv"
+
+    def vector(self, task: str, seed: int) -> Path:
+        """The task vector tau = theta_ft - theta_pre."""
+        return self.data / "vectors" / f"{task}-{seed}.safetensors"
+
+    def basis(self, edit: str, seed: int) -> Path:
+        """One combined vector a coefficient of an edit, and the coefficient-free part."""
+        return self.data / "edits" / f"{edit}-{seed}" / "basis.safetensors"
+
+    def search_table(self, edit: str, seed: int) -> Path:
+        """Everything that the coefficient search evaluated."""
+        return self.data / "edits" / f"{edit}-{seed}" / "search.csv"
+
+    def coefficients(self, edit: str, seed: int) -> Path:
+        """The chosen coefficients and what they reach on validation data."""
+        return self.data / "edits" / f"{edit}-{seed}" / "coefficients.json"
+
+    def edited(self, edit: str, seed: int) -> Path:
+        """The edited vision tower at the chosen coefficients."""
+        return self.data / "edits" / f"{edit}-{seed}" / "model.safetensors"
+
+    def evaluation(self, name: str, seed: int) -> Path:
+        """The evaluation table of a task (pre-trained and fine-tuned model) or of an edit."""
+        return self.data / "evaluations" / f"{name}-{seed}.csv"
+
+    def metrics(self, name: str, seed: int) -> Path:
+        """The same figures as flat JSON, for `dvc metrics show` and MLflow."""
+        return self.data / "evaluations" / f"{name}-{seed}.json"
+
+    def report(self) -> Path:
+        """The page that shows the experiment."""
+        return self.data / "reports" / "index.html"
+
+    def results(self) -> Path:
+        """The table of results over all seeds, committed to git."""
+        return self.root / "docs" / "results" / "default.md"

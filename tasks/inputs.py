@@ -1,0 +1,54 @@
+"""Reading what earlier stages wrote, with the checks that belong to it."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from tasks.artifacts import Artifacts
+from taskvec import checkpoints, plugins
+from taskvec.errors import IncompatibleWeights
+from taskvec.params import Model
+from taskvec.towers import Tower, check_identity
+
+
+def images(artifacts: Artifacts, task: str, split: str) -> tuple[Tensor, Tensor]:
+    """Return pictures (N, 3, S, S) uint8 and labels (N,) int64 of one split."""
+    loaded = checkpoints.load(artifacts.images(task, split), "images")
+    return loaded.tensors["images"], loaded.tensors["labels"]
+
+
+def architecture(model: Model) -> Tower:
+    """Return the tower of params.yaml:model with random weights."""
+    family = plugins.load("models", model.family)
+    tower: Tower = family.tower(model.image_size, **model.options)
+    return tower
+
+
+def checkpoint(path: Path, tower: Tower, origin: str = "") -> checkpoints.Weights:
+    """Return a checkpoint that fits the tower.
+
+    Args:
+        path: the file.
+        tower: what params.yaml:model describes.
+        origin: fingerprint of theta_pre that it must descend from; empty for theta_pre itself.
+    """
+    loaded = checkpoints.load(path, "checkpoint")
+    check_identity(tower, loaded.metadata, path.name)
+    if origin:
+        check_origin(loaded, origin, path.name)
+    return loaded
+
+
+def check_origin(loaded: checkpoints.Weights, origin: str, name: str) -> None:
+    """Raise IncompatibleWeights unless the weights descend from ``origin``."""
+    found = str(loaded.metadata.get("origin"))
+    if found != origin:
+        raise IncompatibleWeights(
+            f"{name} starts from the pre-trained weights {found[:12]}, the checkpoint in use is "
+            f"{origin[:12]}; run `taskvec run` to fine-tune it anew"
+        )
+
+
+def head(artifacts: Artifacts, task: str) -> Tensor:
+    """Return the frozen classifier of a task, (classes, D)."""
+    return checkpoints.load(artifacts.head(task), "head").tensors["head"]

@@ -1,0 +1,132 @@
+"""Stage prepare: from the files of a package to resized pictures in three splits."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from tasks.artifacts import Artifacts
+from tasks.inputs import architecture
+from tasks.stages import Emit
+from taskvec import checkpoints, plugins, tables
+from taskvec.atomic import write_text
+from taskvec.datasets import package_data
+from taskvec.datasets.items import SPLITS, Items
+from taskvec.datasets.splitting import assign, digests, near_duplicates, order, resize
+from taskvec.errors import InvalidData
+from taskvec.params import Data, Model
+
+
+def prepare(
+    artifacts: Artifacts,
+    *,
+    task: str,
+    data: Data,
+    classes: list[str],
+    templates: list[str],
+    model: Model,
+    emit: Emit,
+) -> None:
+    """Write the pictures of each split, the alignment pictures, the table of items and a summary.
+
+    Pictures count as equal when they are after resizing. Each split is in the drawing order, which
+    mixes the classes; the alignment pictures are the first ones of each class of train.
+
+    Args:
+        artifacts: where the files go.
+        task: the name of the task.
+        data: adapter, source and sizes.
+        classes: names in label order, and
+        templates: prompts; they go with the alignment pictures, which are fitted to them.
+        model: its picture size in pixels and its ``shots``, the alignment pictures a class; with 0
+            none is marked as such, and the file, which nobody reads then, has one a class.
+        emit: is told the progress.
+
+    Raises:
+        MissingDependency: the package that ships the data is not installed.
+        InvalidData: the data is not what is declared, or there is too little.
+    """
+    del emit
+    shots = model.shots
+    files = package_data.locate(data.source)
+    items = plugins.load("datasets", data.dataset).load(files, **data.options)
+    _check_classes(items, classes, task)
+    size = model.image_size or architecture(model).image_size
+    items = replace(items, images=resize(items.images, size))
+    sizes = {"train": data.train, "validation": data.validation, "test": data.test}
+    splits = assign(items, sizes, data.seed)
+    rows = {split: [i for i in order(items, data.seed) if splits[i] == split] for split in SPLITS}
+    aligned = _first_of_each_class(items, rows["train"], max(1, shots), task)
+    table = tables.check(_table(items, rows, aligned if shots else []), tables.Items, task)
+    _save(artifacts, task, "alignment", items, aligned, classes=classes, templates=templates)
+    for split, positions in rows.items():
+        _save(artifacts, task, split, items, positions)
+    tables.write(artifacts.items(task), table, tables.Items)
+    summary = _summary(items, rows)
+    text = json.dumps(summary, indent=2, sort_keys=True) + "\n"
+    write_text(artifacts.summary(task), text)
+
+
+def _check_classes(items: Items, classes: list[str], task: str) -> None:
+    found = int(items.labels.max()) + 1
+    if found != len(classes):
+        raise InvalidData(
+            f"{task} has {found} classes, but tasks.{task}.head.classes names {len(classes)}"
+        )
+
+
+def _first_of_each_class(items: Items, train: Sequence[int], shots: int, task: str) -> list[int]:
+    """Return the positions of the first ``shots`` training items of each class."""
+    seen: Counter[int] = Counter()
+    chosen = []
+    for i in train:
+        label = int(items.labels[i])
+        seen[label] += 1
+        if seen[label] <= shots:
+            chosen.append(i)
+    for label in range(int(items.labels.max()) + 1):
+        if seen[label] < shots:
+            raise InvalidData(
+                f"{task} has {seen[label]} training items of class {label}, but {shots} a class "
+                "align the base; raise data.train or lower model.shots in params.yaml"
+            )
+    return chosen
+
+
+def _save(
+    artifacts: Artifacts, task: str, name: str, items: Items, rows: Sequence[int], **extra: object
+) -> None:
+    positions: NDArray[np.int64] = np.array(rows, dtype=np.int64)
+    tensors = {
+        "images": torch.from_numpy(items.images[positions]),  # (n, 3, S, S)
+        "labels": torch.from_numpy(items.labels[positions]),  # (n,)
+    }
+    checkpoints.save(
+        artifacts.images(task, name), tensors, kind="images", task=task, split=name, **extra
+    )
+
+
+def _table(items: Items, rows: Mapping[str, list[int]], aligned: Sequence[int]) -> pd.DataFrame:
+    marks, chosen = digests(items.images), set(aligned)
+    records = [
+        (place, split, items.groups[i], int(items.labels[i]), marks[i], i in chosen)
+        for split, positions in rows.items()
+        for place, i in enumerate(positions)
+    ]
+    columns = ["item", "split", "group", "label", "digest", "alignment"]
+    return pd.DataFrame.from_records(records, columns=columns)
+
+
+def _summary(items: Items, rows: Mapping[str, list[int]]) -> dict[str, float]:
+    used = [i for positions in rows.values() for i in positions]
+    splits = [split for split, positions in rows.items() for _ in positions]
+    return {
+        **{split: len(positions) for split, positions in rows.items()},
+        "duplicates_removed": len(items.labels) - len(set(digests(items.images))),
+        "near_duplicates": near_duplicates(items.images[used], splits),
+    }

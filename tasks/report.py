@@ -1,0 +1,280 @@
+"""Show what came out: a page for the first seed, a table of results over all seeds.
+
+Both are functions of the artifacts, params.yaml and the stage graph alone: no time, host, path or
+run id goes in, so that the same experiment gives the same bytes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from tasks import graph, results
+from tasks.artifacts import Artifacts
+from tasks.findings import (
+    Run,
+    bound_verdict,
+    cosine_text,
+    forgetting,
+    gain_sentences,
+    gather,
+    group_gains,
+    groups,
+    headlines,
+    percent,
+    signed,
+    span,
+    spoken,
+)
+from tasks.stages import Emit
+from taskvec import pictures, summaries, tables
+from taskvec.atomic import write_text
+from taskvec.errors import InvalidInput, nearest
+from taskvec.params import EditParams, Params
+
+
+def report(artifacts: Artifacts, *, page: str, params: Params, emit: Emit) -> None:
+    """Write ``page`` (HTML, the first seed) or ``results`` (Markdown, all seeds).
+
+    Args:
+        artifacts: where files lie.
+        page: which of the two.
+        params: the checked parameters.
+        emit: is told the progress; nothing to tell.
+
+    Raises:
+        InvalidInput: there is no such page.
+        MissingArtifact: an earlier stage has not run.
+    """
+    del emit
+    match page:
+        case "page":
+            write_text(artifacts.report(), render_page(artifacts, params))
+        case "results":
+            runs = [gather(artifacts, params, seed) for seed in params.seeds]
+            write_text(artifacts.results(), results.render(runs, params))
+        case _:
+            raise InvalidInput(f"report has no page {page!r}; {nearest(page, ['page', 'results'])}")
+
+
+def render_page(artifacts: Artifacts, params: Params) -> str:
+    """Return the page for the first seed as HTML."""
+    run = gather(artifacts, params, params.seeds[0])
+    training = {
+        task: tables.read(artifacts.training(task, run.seed), tables.Training)
+        for task in params.tasks
+    }
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=percent, signed=signed, span=span, cosine=cosine_text)
+    template = environment.get_template("report.html.jinja")
+    return template.render(
+        params=params,
+        run=run,
+        headlines=headlines(run, params),
+        rows=_result_rows(run, params),
+        edits=_edit_rows(run, params),
+        forgotten=_forgotten_rows(run, params),
+        curves=[_search_figure(run, params, name) for name in params.edits],
+        groups=_group_figures(run, params),
+        cosine_figure=_cosine_figure(run),
+        loss_figure=Markup(
+            pictures.losses(
+                training, "losses", f"Fine-tuning loss by step; panels: {spoken(list(training))}"
+            )
+        ),
+        training={task: table["loss"] for task, table in training.items()},
+        graph_figure=_graph_figure(artifacts.root),
+        bound_verdict=bound_verdict,
+    ).strip() + "\n"  # fmt: skip
+
+
+def _result_rows(run: Run, params: Params) -> list[dict[str, Any]]:
+    """Return a row a model: its scores by task, and the mean normalised accuracy of an edit."""
+    rows: list[dict[str, Any]] = [
+        {"name": "pre-trained", "model": "pretrained", "note": "before any edit", "mean": None},
+        {"name": "fine-tuned", "model": "finetuned", "note": "one expert a task", "mean": None},
+    ]
+    for name, edit in params.edits.items():
+        several = len(edit.evaluate) > 1
+        rows.append(
+            {
+                "name": name,
+                "model": name,
+                "note": run.coefficients(name),
+                "mean": run.scores.normalized(name, edit.evaluate) if several else None,
+                "before": run.scores.normalized("pretrained", edit.evaluate) if several else None,
+            }
+        )
+    for row in rows:
+        row["scores"] = {task: run.scores.find(row["model"], task) for task in params.tasks}
+    return rows
+
+
+def _edit_rows(run: Run, params: Params) -> list[dict[str, Any]]:
+    """Return a row an edit: what was searched, what was chosen, whether the constraint holds."""
+    rows = []
+    for name, edit in params.edits.items():
+        rows.append(
+            {
+                "name": name,
+                "expression": " ".join(edit.expression.split()),
+                "objective": _objective(edit),
+                "tasks": spoken(edit.objective.tasks),
+                "coefficients": run.coefficients(name),
+                "value": float(run.chosen[name]["objective"]),
+                "points": len(run.searches[name]),
+                "feasible": bool(run.chosen[name]["feasible"]),
+                "constraint": [
+                    {
+                        "task": task,
+                        "bound": edit.constraint.min_ratio,
+                        "validation": run.scores.kept(name, task, "validation"),
+                        "test": run.scores.kept(name, task),
+                    }
+                    for task in edit.constraint.tasks
+                ]
+                if edit.constraint
+                else [],
+            }
+        )
+    return rows
+
+
+def _objective(edit: EditParams) -> str:
+    metric = str(edit.objective.maximize or edit.objective.minimize)
+    mean = "mean " if len(edit.objective.tasks) > 1 else ""
+    return f"{'largest' if edit.objective.maximize else 'smallest'} {mean}{_metric(metric)}"
+
+
+def _metric(name: str) -> str:
+    return name.replace("_", " ").replace("normalized", "normalised")
+
+
+def _forgotten_rows(run: Run, params: Params) -> list[dict[str, Any]]:
+    """Return a row an edit that forgets and a task: target, control, or neither."""
+    rows = []
+    for name, edit in forgetting(params).items():
+        controls = edit.constraint.tasks if edit.constraint else []
+        for task in edit.evaluate:
+            target = task in edit.objective.tasks
+            rows.append(
+                {
+                    "edit": name,
+                    "task": task,
+                    "role": "target" if target else "control" if task in controls else "bystander",
+                    "chance": run.scores.score(name, task).chance,
+                    "before": run.scores.above_chance("pretrained", task),
+                    "after": run.scores.above_chance(name, task),
+                    "gone": run.scores.forgotten(name, task),
+                }
+            )
+    return rows
+
+
+def _search_figure(run: Run, params: Params, name: str) -> dict[str, Any]:
+    """Return the figure of an edit's search with its caption."""
+    edit, table = params.edits[name], run.searches[name]
+    names = sorted(edit.coefficients)
+    mean = "mean " if len(edit.objective.tasks) > 1 else ""
+    metric = _metric(str(edit.objective.maximize or edit.objective.minimize))
+    label = (
+        f"Search of {name} on validation data: {len(table)} points, {_objective(edit)} of "
+        f"{spoken(edit.objective.tasks)}; chosen {run.coefficients(name)} with "
+        f"{percent(float(run.chosen[name]['objective']))} percent"
+    )
+    ident = f"search-{name}"
+    if len(names) == 1:
+        svg = pictures.curves(table, names[0], f"{mean}{metric}", list(params.tasks), ident, label)
+    elif len(names) == 2:
+        svg = pictures.surface(table, (names[0], names[1]), f"{mean}{metric}", ident, label)
+    else:
+        largest = edit.objective.maximize is not None
+        svg = pictures.profiles(table, names, largest=largest, ident=ident, label=label)
+    return {
+        "name": name,
+        "svg": Markup(svg),
+        "coefficients": names,
+        "table": table,
+        "constrained": _broken(edit, table),
+    }
+
+
+def _broken(edit: EditParams, table: pd.DataFrame) -> str:
+    """Return where a search breaks its constraint, as a caption; empty without a constraint."""
+    if not edit.constraint:
+        return ""
+    rule = f"{spoken(edit.constraint.tasks)} must keep {100 * edit.constraint.min_ratio:g} %"
+    if table["feasible"].all():
+        return f"Constraint: {rule} of the pre-trained model's accuracy; no point breaks it."
+    mark = "Shaded" if len(edit.coefficients) == 1 else "Hatched"
+    if len(edit.coefficients) > 2:
+        return f"Constraint: {rule} of the pre-trained model's accuracy; only points that do."
+    return f"{mark}: points that break the constraint, {rule} of the pre-trained model's accuracy."
+
+
+def _group_figures(run: Run, params: Params) -> list[dict[str, Any]]:
+    """Return, for each group and task, the bars and the table of gains."""
+    found = []
+    for group, edits in groups(params).items():
+        for gains in group_gains(run.scores, params, edits):
+            ends = {"pretrained": "pre-trained", "finetuned": "fine-tuned on it"}
+            rows = [
+                *(pictures.Bar(row.edit, row.accuracy) for row in gains.rows),
+                *(
+                    pictures.Bar(label, run.scores.accuracy(model, gains.task), reference=True)
+                    for model, label in ends.items()
+                ),
+            ]
+            rows.sort(key=lambda bar: -bar.estimate.value)
+            label = f"Test accuracy on {gains.task} in percent: " + ", ".join(
+                f"{bar.label} {percent(bar.estimate.value)}" for bar in rows
+            )
+            found.append(
+                {
+                    "name": group,
+                    "task": gains.task,
+                    "scored": run.scores.score("pretrained", gains.task).items,
+                    "svg": Markup(pictures.bars(rows, f"group-{group}-{gains.task}", label)),
+                    "gains": gains,
+                    "expressions": {n: " ".join(e.expression.split()) for n, e in edits.items()},
+                    "sentences": gain_sentences(gains),
+                }
+            )
+    return found
+
+
+def _cosine_figure(run: Run) -> dict[str, Any] | None:
+    """Return the heat map and its caption; None where there is only one task."""
+    names = list(run.cosines.index)
+    if len(names) < 2:
+        return None
+    left, right, value = summaries.closest(run.cosines, names)
+    caption = f"The closest two are {left} and {right}: {value:.2f}."
+    label = f"Cosine similarity of the task vectors of {spoken(names)}. {caption}"
+    svg = pictures.heat_map(run.cosines, "cosines", label)
+    return {"svg": Markup(svg), "caption": caption}
+
+
+def _graph_figure(root: Path) -> dict[str, Any]:
+    """Return the picture of all stages that the page depends on."""
+    stages = graph.ancestors(graph.stage_graph(root), "report")
+    stacks = graph.columns(stages)
+    items = [stage.item for stage in stages if stage.item]
+    suffix = items[-1][items[-1].rfind("-") :] if items and "-" in items[-1] else ""
+    nodes = [
+        pictures.Node(stage.name, stage.item.removesuffix(suffix) or stage.kind, column)
+        for column, stack in enumerate(stacks)
+        for stage in stack
+    ]
+    headings = [stack[0].kind for stack in stacks]
+    label = f"Stage graph: {len(stages)} stages in the order {', then '.join(headings)}"
+    svg = pictures.graph(headings, nodes, graph.edges(stages), "graph", label)
+    return {"svg": Markup(svg), "stages": len(stages), "kinds": headings}

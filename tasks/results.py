@@ -1,0 +1,283 @@
+"""The table of results over all seeds, as Markdown for the repository."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tasks.findings import (
+    Run,
+    bound_verdict,
+    cosine_text,
+    forgetting,
+    gain_verdict,
+    group_gains,
+    groups,
+    learning,
+    merit,
+    percent,
+    percent_of,
+    signed,
+    span,
+    spoken,
+)
+from taskvec import summaries
+from taskvec.params import EditParams, Params
+from taskvec.summaries import Estimate, Gains
+
+MARK = "<!-- written by the report stage; do not edit -->"
+
+
+def render(runs: Sequence[Run], params: Params) -> str:
+    """Return the results over all seeds as Markdown."""
+    seeds = ", ".join(str(run.seed) for run in runs)
+    parts = [
+        MARK,
+        "# Results",
+        f"Test accuracy in percent, seed{'s' if len(runs) > 1 else ''} {seeds}. Coefficients are "
+        "chosen on validation data. In brackets: 95 % intervals over the drawing of test items, "
+        "or, beside a mean, the range over seeds. A seed decides the order of the batches; test "
+        "items are the same for all seeds.",
+        "## Accuracy",
+        _accuracy_table(runs, params),
+        *(_learning_part(runs, name, edit) for name, edit in learning(params).items()),
+        *(_forgetting_part(runs, name, edit) for name, edit in forgetting(params).items()),
+        *(_group_part(runs, params, name, edits) for name, edits in groups(params).items()),
+        _cosine_part(runs[0], params),
+        "## How the intervals are made",
+        "Accuracies have Wilson intervals. Intervals of differences (Newcombe's hybrid score), "
+        "ratios (Donner and Zou) and means are built from the Wilson bounds. They take the two "
+        "models as independent although both see the same items, which usually makes them wider "
+        "than paired intervals. None covers the choice of the coefficient, the tasks or the seed.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """Return a table; the first ``left`` columns are text, the others figures."""
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+
+
+def _over_seeds(values: Sequence[float], show: Any = percent) -> list[str]:
+    """Return the mean with the range over seeds; nothing where there is one seed."""
+    if len(values) == 1:
+        return []
+    mean = math.fsum(values) / len(values)
+    low, high = show(min(values)), show(max(values))
+    return [f"{show(mean)} [{low} to {high}]" if low != high else show(mean)]
+
+
+def _figure(estimate: Estimate, show: Any = percent) -> str:
+    return f"{show(estimate.value)} ({span(estimate)})"
+
+
+def _mean_head(runs: Sequence[Run]) -> list[str]:
+    return ["mean [range]"] if len(runs) > 1 else []
+
+
+def _accuracy_table(runs: Sequence[Run], params: Params) -> str:
+    header = ["model", "task", "items", *_mean_head(runs), *(f"seed {run.seed}" for run in runs)]
+    rows = []
+    for model in ("pretrained", "finetuned", *params.edits):
+        for task in params.tasks:
+            if runs[0].scores.find(model, task) is None:
+                continue
+            found = [run.scores.score(model, task) for run in runs]
+            rows.append(
+                [
+                    model,
+                    task,
+                    str(found[0].items),
+                    *_over_seeds([score.accuracy.value for score in found]),
+                    *(_figure(score.accuracy) for score in found),
+                ]
+            )
+    return _markdown_table(header, rows, 2)
+
+
+def _learning_part(runs: Sequence[Run], name: str, edit: EditParams) -> str:
+    """Return mean normalised accuracy, and the points above the pre-trained model's."""
+    what = "accuracy" if len(edit.evaluate) == 1 else "mean normalised accuracy"
+    header = ["seed", "coefficients", name, "pretrained", "points above"]
+    values = [(merit(run, name, edit), merit(run, "pretrained", edit)) for run in runs]
+    rows = [
+        [
+            str(run.seed),
+            run.coefficients(name),
+            _figure(value),
+            _figure(before),
+            _figure(value - before, signed),
+        ]
+        for run, (value, before) in zip(runs, values, strict=True)
+    ]
+    if len(runs) > 1:
+        rows.append(
+            [
+                "mean [range]",
+                "",
+                *_over_seeds([value.value for value, _ in values]),
+                *_over_seeds([before.value for _, before in values]),
+                *_over_seeds([(value - before).value for value, before in values], signed),
+            ]
+        )
+    verdict = _count_verdicts([value - before for value, before in values])
+    return "\n\n".join(
+        [
+            f"## {name}: {what}",
+            f"`{_code(edit.expression)}`, over {spoken(edit.evaluate)}.",
+            _markdown_table(header, rows, 2),
+            f"Against the pre-trained model {verdict}.",
+        ]
+    )
+
+
+def _forgetting_part(runs: Sequence[Run], name: str, edit: EditParams) -> str:
+    """Return what is left of the targets and what the controls keep, on both splits."""
+    header = ["seed", "coefficients", "target", "above chance before", "after", "forgotten"]
+    rows = [
+        [
+            str(run.seed),
+            run.coefficients(name),
+            task,
+            _figure(run.scores.above_chance("pretrained", task)),
+            _figure(run.scores.above_chance(name, task)),
+            _figure(run.scores.forgotten(name, task)),
+        ]
+        for task in edit.objective.tasks
+        for run in runs
+    ]
+    parts = [
+        f"## {name}: forgetting {spoken(edit.objective.tasks)}",
+        f"`{_code(edit.expression)}`. Accuracy above chance in points, and the share of it that is "
+        "gone in percent.",
+        _markdown_table(header, rows, 3),
+    ]
+    if edit.constraint:
+        bound = edit.constraint.min_ratio
+        parts.append(
+            f"The control must keep {100 * bound:g} % of the pre-trained model's accuracy on "
+            "validation data. Kept, in percent:"
+        )
+        kept_rows = []
+        for task in edit.constraint.tasks:
+            for run in runs:
+                kept = [run.scores.kept(name, task, split) for split in ("validation", "test")]
+                row = [str(run.seed), task]
+                for share in kept:
+                    row += [_figure(share), bound_verdict(share, bound)]
+                kept_rows.append(row)
+        kept_header = ["seed", "control", "validation", "", "test", ""]
+        parts.append(_markdown_table(kept_header, kept_rows, 2))
+    named = {*edit.objective.tasks, *(edit.constraint.tasks if edit.constraint else [])}
+    changes = []
+    for task in (task for task in edit.evaluate if task not in named):
+        before, after = (
+            percent(math.fsum(run.scores.accuracy(model, task).value for run in runs) / len(runs))
+            for model in ("pretrained", name)
+        )
+        changes.append(f"{task} from {before} to {after}")
+    if changes:
+        parts.append(f"Neither target nor control, mean over seeds: {spoken(changes)} % accuracy.")
+    return "\n\n".join(parts)
+
+
+def _group_part(
+    runs: Sequence[Run], params: Params, group: str, edits: Mapping[str, EditParams]
+) -> str:
+    """Return the gains of a group with their intervals and what they support."""
+    parts = [f"## {group}"]
+    per_run = [{gains.task: gains for gains in group_gains(r.scores, params, edits)} for r in runs]
+    for task in per_run[0]:
+        found = [by_task[task] for by_task in per_run]
+        header = ["edit", "expression", "seed", "accuracy", "over pretrained", "over best single"]
+        rows = []
+        for name, edit in edits.items():
+            for run, by_task in zip(runs, per_run, strict=True):
+                for row in (row for row in by_task[task].rows if row.edit == name):
+                    single = _figure(row.over_single, signed) if row.over_single else ""
+                    rows.append(
+                        [
+                            name,
+                            f"`{_code(edit.expression)}`",
+                            str(run.seed),
+                            _figure(row.accuracy),
+                            _figure(row.over_pretrained, signed),
+                            single,
+                        ]
+                    )
+        ends = ", ".join(
+            f"seed {run.seed} {percent_of(run, 'pretrained', task)} and "
+            f"{percent_of(run, 'finetuned', task)}"
+            for run in runs
+        )
+        parts += [
+            f"On {task}; pre-trained and fine-tuned on it: {ends}. The best single vector is "
+            f"chosen on validation data ({_singles(runs, found)}). Gains in points.",
+            _markdown_table(header, rows, 3),
+            _supported(found),
+        ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _singles(runs: Sequence[Run], found: Sequence[Gains]) -> str:
+    names = [gains.single or "none in the group" for gains in found]
+    if len(set(names)) == 1:
+        return names[0]
+    return ", ".join(f"seed {run.seed}: {name}" for run, name in zip(runs, names, strict=True))
+
+
+def _supported(found: Sequence[Gains]) -> str:
+    """Return a list: for each edit of several vectors, what the intervals of all seeds support."""
+    lines = []
+    for name in sorted({row.edit for row in found[0].rows}):
+        rows = [row for gains in found for row in gains.rows if row.edit == name]
+        singles = [row.over_single for row in rows if row.over_single]
+        if not singles:
+            continue
+        text = f"- {name}: against the pre-trained model "
+        text += _count_verdicts([row.over_pretrained for row in rows])
+        text += f"; against the best single vector {_count_verdicts(singles)}"
+        plain = [row.plain for row in rows if row.plain]
+        if plain:
+            verdict = _count_verdicts([gain for _, gain in plain])
+            text += f"; against {plain[0][0]}, the same without the minus term, {verdict}"
+        lines.append(f"{text}.")
+    return "\n".join(lines)
+
+
+def _count_verdicts(estimates: Sequence[Estimate]) -> str:
+    """Return ``a gain is supported in 2 of 2 seeds``, one clause a verdict."""
+    verdicts = [gain_verdict(estimate) for estimate in estimates]
+    if len(verdicts) == 1:
+        return verdicts[0]
+    kinds = sorted(set(verdicts), key=lambda kind: (-verdicts.count(kind), kind))
+    return " and ".join(
+        f"{kind} in {verdicts.count(kind)} of {len(verdicts)} seeds" for kind in kinds
+    )
+
+
+def _cosine_part(run: Run, params: Params) -> str:
+    """Return the cosine matrix of one seed, and the closest tasks of the first edit of several."""
+    names = [str(name) for name in run.cosines.index]
+    if len(names) < 2:
+        return ""
+    rows = [
+        [left, *(cosine_text(value) for value in values)]
+        for left, values in zip(names, run.cosines.to_numpy(), strict=True)
+    ]
+    used = [params.parse(edit).vectors for edit in params.edits]
+    several = next((found for found in used if len(found) > 1), None)
+    chosen = [name for name in names if name in several] if several else names
+    left, right, value = summaries.closest(run.cosines, chosen)
+    others = f"the {len(chosen)} tasks of the first edit of several vectors" if several else "all"
+    return "\n\n".join(
+        [
+            f"## Cosines between task vectors, seed {run.seed}",
+            _markdown_table(["", *names], rows, 1),
+            f"Among {others} the closest two are {left} and {right}: {value:.3f}.",
+        ]
+    )
+
+
+def _code(expression: str) -> str:
+    return " ".join(expression.split())

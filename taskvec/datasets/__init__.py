@@ -1,0 +1,1 @@
+"""Data adapters, one a module, found by its name; `items` explains the interface."""

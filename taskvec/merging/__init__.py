@@ -1,0 +1,1 @@
+"""Published ways to merge task vectors, one method a module, found by its name."""

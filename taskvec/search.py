@@ -1,0 +1,93 @@
+"""Which coefficients to try, and which to take: values in, decision out; no models, no files.
+
+The paper tries a grid on validation data and takes the best (arXiv:2212.04089, section 2), or for
+negation the largest coefficient whose control accuracy stays above a bound (section 3).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import isnan
+
+from taskvec.params import Constraint, Objective, Range
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Validation accuracies that give a task's figures their meaning; fractions in [0, 1]."""
+
+    pretrained: float
+    finetuned: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One combination of coefficients and its validation accuracy a task."""
+
+    coefficients: Mapping[str, float]
+    accuracy: Mapping[str, float]
+
+
+def grid(ranges: Mapping[str, Range]) -> list[dict[str, float]]:
+    """Return all combinations of the coefficients' values; the last name varies fastest."""
+    names = sorted(ranges)
+    values = [ranges[name].values() for name in names]
+    return [dict(zip(names, combination, strict=True)) for combination in product(*values)]
+
+
+def objective_value(
+    candidate: Candidate, objective: Objective, references: Mapping[str, Reference]
+) -> float:
+    """Return the mean over the objective's tasks of what it makes large or small."""
+    metric = objective.maximize or objective.minimize
+    values = [
+        candidate.accuracy[task]
+        / (references[task].finetuned if metric == "normalized_accuracy" else 1.0)
+        for task in objective.tasks
+    ]
+    return sum(values) / len(values)
+
+
+def feasible(
+    candidate: Candidate, constraint: Constraint | None, references: Mapping[str, Reference]
+) -> bool:
+    """Return whether every control task keeps its share of the pre-trained model's accuracy."""
+    return constraint is None or all(
+        candidate.accuracy[task] >= constraint.min_ratio * references[task].pretrained
+        for task in constraint.tasks
+    )
+
+
+def decide(
+    candidates: Sequence[Candidate],
+    objective: Objective,
+    constraint: Constraint | None,
+    select: str,
+    references: Mapping[str, Reference],
+) -> int:
+    """Return the position of the candidate to take.
+
+    ``best`` takes the feasible candidate with the best objective, ``largest`` the feasible one
+    with the largest coefficient (the paper's rule for negation). Ties go to the smaller edit. If
+    nothing is feasible the smallest edit is taken, which the table marks as not feasible. NaN
+    never wins.
+    """
+    sign = 1.0 if objective.maximize else -1.0
+
+    def size(position: int) -> float:
+        return sum(abs(value) for value in candidates[position].coefficients.values())
+
+    def score(position: int) -> float:
+        value = objective_value(candidates[position], objective, references)
+        return float("-inf") if isnan(value) else sign * value
+
+    allowed = [
+        position
+        for position, candidate in enumerate(candidates)
+        if feasible(candidate, constraint, references)
+    ]
+    if not allowed:
+        return min(range(len(candidates)), key=lambda position: (size(position), position))
+    if select == "largest":
+        return max(allowed, key=lambda position: (size(position), -position))
+    return max(allowed, key=lambda position: (score(position), -size(position), -position))

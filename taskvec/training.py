@@ -1,0 +1,98 @@
+"""Fine-tuning one task: all of the tower's edited parameters, the head frozen.
+
+The paper's recipe (arXiv:2212.04089, appendix B): AdamW, linear warm-up, cosine decay, gradient
+norm clipped as in its code; the number of steps, batch and rate are in params.yaml.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import cos, pi
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from taskvec.errors import InvalidData
+from taskvec.params import FineTune
+from taskvec.towers import PREFIX, Tower
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimisation step: its number from 1, the batch's cross-entropy in nats, the rate."""
+
+    step: int
+    loss: float
+    learning_rate: float
+
+
+def fine_tune(
+    tower: Tower,
+    head: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    recipe: FineTune,
+    seed: int,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> list[Step]:
+    """Train the tower in place and return every step.
+
+    Args:
+        tower: holds theta_pre; afterwards theta_ft. Batch statistics stay as they are.
+        head: (classes, D), frozen.
+        images: (N, 3, S, S) uint8.
+        labels: (N,) int64.
+        recipe: steps, batch size, rate and so on.
+        seed: decides the order of the pictures.
+        on_step: is told every step while training goes on.
+
+    Raises:
+        InvalidData: the loss is NaN or infinite.
+    """
+    names = set(tower.edited())
+    parameters = []
+    for name, parameter in tower.module.named_parameters():
+        parameter.requires_grad_(PREFIX + name in names)
+        if parameter.requires_grad:
+            parameters.append(parameter)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    weights = head.to(tower.device)
+    steps = []
+    for number, batch in enumerate(batches(len(images), recipe, seed), start=1):
+        rate = recipe.learning_rate * schedule(number, recipe.steps, recipe.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        logits = tower.features(images[batch]) @ weights.T
+        loss = functional.cross_entropy(logits, labels[batch].to(tower.device))
+        if not torch.isfinite(loss):
+            raise InvalidData(
+                f"the loss is {loss.item()} at step {number}; use a smaller fine_tune.learning_rate"
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+        optimizer.step()
+        steps.append(Step(number, loss.item(), rate))
+        on_step(steps[-1])
+    return steps
+
+
+def batches(items: int, recipe: FineTune, seed: int) -> Iterator[Tensor]:
+    """Yield ``recipe.steps`` batches of indices; every item once before any item twice."""
+    generator = torch.Generator().manual_seed(seed)
+    queue = torch.empty(0, dtype=torch.int64)
+    for _ in range(recipe.steps):
+        while len(queue) < recipe.batch_size:
+            queue = torch.cat([queue, torch.randperm(items, generator=generator)])
+        batch, queue = queue[: recipe.batch_size], queue[recipe.batch_size :]
+        yield batch
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Return the share of the learning rate at a step from 1: linear warm-up, then cosine to 0."""
+    rising = max(1, round(warmup * steps))
+    if step <= rising:
+        return step / rising
+    return 0.5 * (1 + cos(pi * (step - rising) / max(1, steps - rising)))
