@@ -3,8 +3,9 @@
 A stage depends on its code through these digests (code.yaml), so that editing a docstring reruns
 nothing and editing a function reruns exactly the stages that reach it. Reach is read from the
 syntax tree: names, imports and attributes. It errs towards too much: a method counts as reached if
-anything that is reached mentions its name, decorated and double-underscore methods always do, and
-a module that is used as a value counts whole.
+anything that is reached mentions its name; decorated and double-underscore methods always do, and
+all methods of a class with a base from elsewhere, which may call them (`forward` of a torch
+module); and a module that is used as a value counts whole.
 """
 
 import ast
@@ -17,16 +18,22 @@ from pathlib import Path
 PACKAGES = ("taskvec", "tasks")
 EFFECTS = "<import>"
 PLAIN_DECORATORS = {"property", "classmethod", "staticmethod", "override"}
+LOOKUPS = {"getattr", "hasattr", "attrgetter", "methodcaller"}  # take attributes as strings
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
+IMPORT = ast.Import | ast.ImportFrom
+COMPOUND = ast.If | ast.Try | ast.With | ast.For | ast.While | ast.Match
+
+Target = tuple[str, str]  # a module and a name in it, which is empty for the module itself
 
 
 @dataclass
 class Module:
     """The top level of one module."""
 
+    package: str  # what its relative imports start from
     name: str
     definitions: dict[str, list[ast.stmt]] = field(default_factory=dict)
-    imports: dict[str, tuple[str, str]] = field(default_factory=dict)  # alias -> (module, name)
+    imports: dict[str, set[Target]] = field(default_factory=dict)  # by alias; `try` may give two
     imported: set[str] = field(default_factory=set)  # every module that its import loads
     effects: list[ast.stmt] = field(default_factory=list)  # other statements that run at import
 
@@ -39,11 +46,11 @@ class Part:
         method: its name if it counts only when something mentions it, else empty.
         references: the definitions (module, name) that it uses.
         attributes: every attribute name in it.
-        text: the syntax tree without docstrings and positions.
+        text: the syntax tree without docstrings and positions, and what its names are imported as.
     """
 
     method: str
-    references: frozenset[tuple[str, str]]
+    references: frozenset[Target]
     attributes: frozenset[str]
     text: str
 
@@ -63,7 +70,7 @@ class Code:
         Args:
             roots: ``package.module:function``, or ``package.module`` for everything in a module.
         """
-        queue: list[tuple[str, str]] = []
+        queue: list[Target] = []
         for root in roots:
             name, _, function = root.partition(":")
             module = self._module(name)
@@ -74,9 +81,9 @@ class Code:
         lines = sorted(f"{where}:{part.text}" for where, part in reached)
         return hashlib.md5("\n".join(lines).encode(), usedforsecurity=False).hexdigest()
 
-    def _reach(self, queue: list[tuple[str, str]]) -> set[tuple[str, Part]]:
+    def _reach(self, queue: list[Target]) -> set[tuple[str, Part]]:
         """Return all parts that definitions reach, with where they stand."""
-        seen: set[tuple[str, str]] = set()
+        seen: set[Target] = set()
         waiting: dict[str, list[tuple[str, Part]]] = {}  # methods that nothing has mentioned yet
         mentioned: set[str] = set()
         reached: set[tuple[str, Part]] = set()
@@ -110,86 +117,128 @@ class Code:
         if source is None:
             return ()
         nodes = source.effects if name == EFFECTS else source.definitions.get(name, [])
-        parts = []
+        # Together and in their order: of two definitions of a name the later one holds.
+        plain = [node for node in nodes if not isinstance(node, ast.ClassDef)]
+        parts = [self._part(source, "", plain)] if plain else []
         for node in nodes:
             if not isinstance(node, ast.ClassDef):
-                parts.append(self._part(source, "", [node]))
                 continue
-            optional = [item for item in node.body if _is_optional(item)]
+            foreign = self._has_foreign_base(source, node)
+            optional = [item for item in node.body if not foreign and _is_optional(item)]
             rest = [item for item in node.body if item not in optional]
             header = [*node.bases, *node.keywords, *node.decorator_list]
             parts.append(self._part(source, "", [*header, *rest]))
             parts += [self._part(source, item.name, [item]) for item in optional]  # type: ignore[attr-defined]
         return tuple(parts)
 
+    def _has_foreign_base(self, module: Module, node: ast.ClassDef) -> bool:
+        """Return whether a class or a base of it derives from a class of another package."""
+        for base in node.bases:
+            expression = base.value if isinstance(base, ast.Subscript) else base
+            attribute = expression.attr if isinstance(expression, ast.Attribute) else None
+            root = expression.value if isinstance(expression, ast.Attribute) else expression
+            if not isinstance(root, ast.Name):
+                return True
+            found = {(module.name, root.id)} if root.id in module.definitions else set()
+            for target in module.imports.get(root.id, ()):
+                local = self._imported_name(target, attribute)
+                if not local:
+                    return True
+                found |= local
+            for name, definition in found:
+                if source := self._module(name):
+                    classes = [i for i in source.definitions.get(definition, []) if i is not node]
+                    if any(
+                        isinstance(item, ast.ClassDef) and self._has_foreign_base(source, item)
+                        for item in classes
+                    ):
+                        return True
+        return False
+
     def _part(self, module: Module, method: str, nodes: Sequence[ast.AST]) -> Part:
         walked = [sub for node in nodes for sub in ast.walk(node)]
-        imports = dict(module.imports)
+        own: dict[str, set[Target]] = {}  # imports inside a function
+        references: set[Target] = set()
         qualified: dict[int, str] = {}
-        attributes = set()
+        attributes: set[str] = set()
         for sub in walked:
-            if isinstance(sub, ast.Import | ast.ImportFrom):
-                imports.update(_aliases(sub, module.name))
+            if isinstance(sub, IMPORT):
+                for alias, target in _aliases(sub, module.package):
+                    own.setdefault(alias, set()).add(target)
+                    references |= {(loaded, EFFECTS) for loaded in _modules(target)}
             elif isinstance(sub, ast.Attribute):
                 attributes.add(sub.attr)
                 if isinstance(sub.value, ast.Name):
                     qualified[id(sub.value)] = sub.attr
-        references: set[tuple[str, str]] = set()
+            elif isinstance(sub, ast.MatchClass):
+                attributes.update(sub.kwd_attrs)
+            elif isinstance(sub, ast.Call):
+                attributes.update(_looked_up(sub))
+        used: set[str] = set()
         for sub in walked:
             if isinstance(sub, ast.Name):
                 if sub.id in module.definitions:
                     references.add((module.name, sub.id))
-                if sub.id in imports:
-                    references |= self._imported_name(imports[sub.id], qualified.get(id(sub)))
-        text = "".join(ast.dump(node) for node in nodes)
+                for target in module.imports.get(sub.id, set()) | own.get(sub.id, set()):
+                    used.add(f"{sub.id} = {'.'.join(target)}")
+                    references |= self._imported_name(target, qualified.get(id(sub)))
+        text = "\n".join([*sorted(used), *(ast.dump(node) for node in nodes)])
         return Part(method, frozenset(references), frozenset(attributes), text)
 
-    def _imported_name(
-        self, target: tuple[str, str], attribute: str | None
-    ) -> set[tuple[str, str]]:
+    def _imported_name(self, target: Target, attribute: str | None) -> set[Target]:
+        """Return the definitions that an imported name means; none if they are not local."""
         module, name = target
         if name and self._module(f"{module}.{name}"):
             module, name = f"{module}.{name}", ""
         source = self._module(module)
         if source is None:
             return set()
-        if name in source.imports and name not in source.definitions:
-            return self._imported_name(source.imports[name], attribute)
-        if name or attribute in source.definitions:
-            return {(module, name or str(attribute))}
+        wanted = name or attribute or ""
+        if wanted in source.imports and wanted not in source.definitions:
+            further = attribute if name else None
+            return {
+                found
+                for onward in source.imports[wanted]
+                for found in self._imported_name(onward, further)
+            }
+        if name or wanted in source.definitions:
+            return {(module, wanted)}
         return {(module, definition) for definition in source.definitions}
 
     def _imported(self, name: str) -> frozenset[str]:
-        """Return a module and all local modules that importing it imports."""
+        """Return a module and all local modules that importing it imports, packages included."""
         loaded, queue = set(), [name]
         while queue:
             name = queue.pop()
             module = self._module(name)
             if module is not None and name not in loaded:
                 loaded.add(name)
-                queue += sorted(module.imported)
+                queue += [*module.imported, name.rpartition(".")[0]]
         return frozenset(loaded)
 
     def _read(self, name: str) -> Module | None:
         if name.split(".")[0] not in PACKAGES:
             return None
         path = self._root.joinpath(*name.split("."))
-        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        is_package = path.is_dir()
+        path = path / "__init__.py" if is_package else path.with_suffix(".py")
         if not path.is_file():
             return None
-        module = Module(name)
+        module = Module(name if is_package else name.rpartition(".")[0], name)
         for node in _without_docstrings(ast.parse(path.read_text())).body:
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                module.imports.update(_aliases(node, name))
-            elif isinstance(node, FUNCTION | ast.ClassDef):
+            if isinstance(node, FUNCTION | ast.ClassDef):
                 module.definitions.setdefault(node.name, []).append(node)
-            elif targets := list(_targets(node)):
-                for target in targets:
-                    module.definitions.setdefault(target, []).append(node)
-            else:
+                continue
+            for sub in ast.walk(node) if isinstance(node, IMPORT | COMPOUND) else ():
+                if isinstance(sub, IMPORT):
+                    for alias, target in _aliases(sub, module.package):
+                        module.imports.setdefault(alias, set()).add(target)
+                        module.imported |= _modules(target)
+            targets = set(_targets(node))
+            for target_name in targets:
+                module.definitions.setdefault(target_name, []).append(node)
+            if isinstance(node, COMPOUND) or not (targets or isinstance(node, IMPORT)):
                 module.effects.append(node)
-        for source, attribute in module.imports.values():
-            module.imported |= {source, f"{source}.{attribute}"}
         return module
 
 
@@ -211,24 +260,50 @@ def _targets(node: ast.stmt) -> Iterator[str]:
     for sub in ast.walk(node):
         if isinstance(sub, ast.Name) and isinstance(sub.ctx, ast.Store):
             yield sub.id
+        elif isinstance(sub, FUNCTION | ast.ClassDef):
+            yield sub.name
 
 
-def _aliases(node: ast.Import | ast.ImportFrom, module: str) -> dict[str, tuple[str, str]]:
+def _aliases(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[tuple[str, Target]]:
+    """Yield what an import binds: a name and what it stands for."""
     if isinstance(node, ast.Import):
-        return {alias.asname or alias.name.split(".")[0]: (alias.name, "") for alias in node.names}
-    package = module.split(".")[: -node.level] if node.level else []
-    source = ".".join([*package, *([node.module] if node.module else [])])
-    return {alias.asname or alias.name: (source, alias.name) for alias in node.names}
+        for alias in node.names:
+            yield alias.asname or alias.name.split(".")[0], (alias.name, "")
+        return
+    above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+    source = ".".join([*above, *([node.module] if node.module else [])])
+    for alias in node.names:
+        yield alias.asname or alias.name, (source, alias.name)
+
+
+def _modules(target: Target) -> set[str]:
+    """Return the modules that importing a name may load: its own, and the name as a module."""
+    module, name = target
+    return {module, f"{module}.{name}"} if name else {module}
+
+
+def _looked_up(call: ast.Call) -> Iterator[str]:
+    """Yield the attributes that a call such as ``getattr(x, "name")`` mentions."""
+    function = call.func.attr if isinstance(call.func, ast.Attribute) else call.func
+    if (function.id if isinstance(function, ast.Name) else function) in LOOKUPS:
+        for argument in call.args:
+            if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                yield from argument.value.split(".")
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
+    """Remove every statement that is only a string: docstrings, also those of attributes."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | FUNCTION):
-            first = node.body[0] if node.body else None
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                node.body = node.body[1:]
+        for block in ("body", "orelse", "finalbody"):
+            statements = getattr(node, block, None)
+            if isinstance(statements, list):
+                setattr(node, block, [item for item in statements if not _is_text(item)])
     return tree
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )

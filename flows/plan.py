@@ -17,17 +17,19 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError
 
 from flows.fingerprints import Code
 from tasks.artifacts import Artifacts
 from tasks.stages import NAMES
 from taskvec import params as parameters
 from taskvec.atomic import write_text
-from taskvec.errors import InvalidParams, StaleRendering, TaskvecError
+from taskvec.errors import InvalidInput, InvalidParams, StaleRendering, TaskvecError
 from taskvec.params import Params
 
 SOURCES = Path(__file__).parents[1]
 PACKAGES = ("jinja2", "matplotlib", "pillow", "torch")
+ARITHMETIC = "taskvec.numeric:make_deterministic"  # decides the last bit of every stage
 NOTE = "# Rendered from params.yaml and dvc.yaml by `python -m flows.plan`; do not edit.\n"
 CODE_NOTE = (
     "# Digests of the code that each stage reaches and versions that decide results, rendered by\n"
@@ -40,7 +42,13 @@ def render(root: Path, params: Params) -> dict[Path, str]:
     """Return the text of every rendered file, by path."""
     files = Artifacts(Path())
     stages = _load(root / "dvc.yaml")
-    _fill_lists(stages["stages"], params, files)
+    try:
+        _fill_lists(stages["stages"], params, files)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidInput(
+            f"{root / 'dvc.yaml'} lacks a list that is kept equal to params.yaml "
+            f"({type(error).__name__}: {error}); `git diff dvc.yaml` shows what was edited"
+        ) from None
     first, further = params.seeds[0], params.seeds[1:]
     edits = {
         name: stage
@@ -106,16 +114,16 @@ def code_fingerprints(params: Params) -> dict[str, Any]:
         },
     }
     for stage in NAMES:
-        own = f"tasks.{stage}:{stage}"
+        own = [f"tasks.{stage}:{stage}", ARITHMETIC]
         if stage == "prepare":
             result[stage] = {
-                task: code.fingerprint([own, f"taskvec.datasets.{item.data.dataset}"])
+                task: code.fingerprint([*own, f"taskvec.datasets.{item.data.dataset}"])
                 for task, item in params.tasks.items()
             }
         elif stage in ("extract", "combine", "report"):
-            result[stage] = code.fingerprint([own])
+            result[stage] = code.fingerprint(own)
         else:
-            result[stage] = code.fingerprint([own, family])
+            result[stage] = code.fingerprint([*own, family])
     return result
 
 
@@ -257,6 +265,9 @@ def _load(path: Path) -> CommentedMap:
         return _yaml().load(path.read_text())
     except FileNotFoundError:
         raise InvalidParams(f"{path} does not exist; run taskvec in the project's root") from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InvalidParams(f"{path}:{line}: {error.problem or error.context}") from None
 
 
 def _dump(value: Any) -> str:
@@ -275,6 +286,7 @@ def main(arguments: list[str]) -> int:
         params = parameters.load(root / "params.yaml")
         if arguments:
             check(root, params)
+            return 0
         for path in write(root, params):
             sys.stderr.write(f"rendered {path.relative_to(root)}\n")
     except TaskvecError as error:

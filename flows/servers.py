@@ -1,6 +1,7 @@
 """Local servers: found if they run, else started on loopback and stopped by the starter."""
 
 import base64
+import http.client
 import json
 import os
 import secrets
@@ -9,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ def answers(url: str, headers: Mapping[str, str] | None = None) -> bool:
         request = urllib.request.Request(url, headers=dict(headers or {}))
         with urllib.request.urlopen(request, timeout=2) as response:
             return int(response.status) < 400
-    except (urllib.error.URLError, OSError):
+    except (http.client.HTTPException, OSError, ValueError):  # not HTTP, nobody there, no URL
         return False
 
 
@@ -112,8 +112,11 @@ def prefect_environment(root: Path, port: int, password: str) -> dict[str, str]:
 
 
 def prefect_command(port: int, *, ui: bool) -> list[str]:
-    """Return the command of a Prefect server on loopback; without UI also without schedulers."""
-    extra = ["--ui"] if ui else ["--no-ui", "--no-services"]
+    """Return the command of a Prefect server on loopback.
+
+    Its services stay on: one of them records the task runs.
+    """
+    extra = ["--ui"] if ui else ["--no-ui", "--no-scheduler", "--no-late-runs"]
     return [
         sys.executable, "-m", "prefect", "server", "start",
         "--host", "127.0.0.1", "--port", str(port), "--analytics-off", *extra,
@@ -155,7 +158,7 @@ def running_prefect(root: Path) -> Prefect | None:
         return Prefect({"PREFECT_API_URL": url})
     try:
         environment = json.loads(services_file(root).read_text())["prefect"]
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     server = Prefect(environment)
     headers = _authorization(environment["PREFECT_API_AUTH_STRING"])

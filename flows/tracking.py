@@ -9,11 +9,13 @@ import json
 import logging
 import os
 import queue
+import re
 import sqlite3
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,8 @@ class Tracker:
 
     def close(self, status: str) -> None:
         """Close the parent run and wait for the thread, at most a minute."""
+        if not self._thread.is_alive():
+            return  # the run failed before it started, so nothing was recorded
         self._queue.put(lambda: self._client.set_terminated(self._parent, status))
         self._queue.put(None)
         self._thread.join(FLUSH_SECONDS)
@@ -104,7 +108,7 @@ class Tracker:
                 job()
             except Exception as error:  # whatever MLflow raises must not stop the work
                 self._broken = True
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 self._warn(f"MLflow does not answer; this run is not recorded ({reason})")
 
     def _open(self, tags: dict[str, str]) -> None:
@@ -147,8 +151,10 @@ class Tracker:
             run_name=node.name,
         )
         self._runs[node.address] = run.info.run_id
-        params = [Param(key.replace(":", "/"), str(v)[:5900]) for key, v in _flatten(node.params)]
-        self._client.log_batch(run.info.run_id, params=params[:200])
+        params = {_key(key): str(value)[:5900] for key, value in _flatten(node.params)}
+        self._client.log_batch(
+            run.info.run_id, params=[Param(*item) for item in list(params.items())[:200]]
+        )
 
     def _progress(self, address: str, step: int, metrics: dict[str, float], now: int) -> None:
         from mlflow.entities import Metric
@@ -225,11 +231,15 @@ def runs_by_output(root: Path) -> dict[str, dict[str, str]]:
     path = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or not path.is_file():
         return {}
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
-        rows = database.execute(
-            "SELECT r.run_uuid, t.key, t.value FROM runs r JOIN tags t ON t.run_uuid = r.run_uuid "
-            "WHERE r.lifecycle_stage = 'active' AND r.status = 'FINISHED' ORDER BY r.end_time"
-        ).fetchall()
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            rows = database.execute(
+                "SELECT r.run_uuid, t.key, t.value FROM runs r JOIN tags t "
+                "ON t.run_uuid = r.run_uuid WHERE r.lifecycle_stage = 'active' "
+                "AND r.status = 'FINISHED' ORDER BY r.end_time"
+            ).fetchall()
+    except sqlite3.DatabaseError:  # a first run may be creating the tables just now
+        return {}
     runs: dict[str, dict[str, str]] = {}
     for run, key, value in rows:
         runs.setdefault(run, {"run_id": run})[key] = value
@@ -276,6 +286,11 @@ def _header_tags(path: Path) -> dict[str, str]:
         for key in ("fingerprint", "origin", "expression", "coefficients")
         if key in metadata
     }
+
+
+def _key(name: str) -> str:
+    """Return a parameter's name in the characters and the length that MLflow takes."""
+    return re.sub(r"[^\w\-. /]", "_", name.replace(":", "/"))[:250]
 
 
 def _flatten(params: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

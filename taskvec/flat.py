@@ -11,6 +11,7 @@ from torch import Tensor
 
 from taskvec.errors import IncompatibleWeights
 from taskvec.towers import PREFIX, Tower
+from taskvec.vectors import check_alike
 
 
 class FlatEditor:
@@ -25,6 +26,10 @@ class FlatEditor:
             tower: loaded with theta_pre; its edited parameters become views of the buffer.
             basis: coefficient -> {parameter: tensor}.
             offset: the coefficient-free part, {parameter: tensor}; may be empty.
+
+        Raises:
+            IncompatibleWeights: a vector does not have exactly the edited parameters, in their
+                shapes and dtypes.
         """
         names = tower.edited()
         found = dict(tower.module.named_parameters())
@@ -33,7 +38,9 @@ class FlatEditor:
         self._base = self._flatten([parameter.data for parameter in self._parameters])
         if offset:
             self._base += self._gather(offset, "the coefficient-free part")
-        self._basis = {name: self._gather(basis[name], name) for name in sorted(basis)}
+        self._basis = {
+            name: self._gather(basis[name], f"the vector of {name}") for name in sorted(basis)
+        }
         self._flat = self._base.clone()
         self._make_views()
 
@@ -41,31 +48,26 @@ class FlatEditor:
         """Set the tower to ``theta_0 + b_0 + sum_k c_k * basis_k``; no unit, any sign.
 
         Raises:
-            KeyError: not exactly the coefficients of the basis are given.
+            IncompatibleWeights: not exactly the coefficients of the basis are given.
         """
         if coefficients.keys() != self._basis.keys():
-            raise KeyError(f"expected coefficients {list(self._basis)}, found {list(coefficients)}")
+            raise IncompatibleWeights(
+                f"the basis has the coefficients {', '.join(self._basis)}, "
+                f"the search {', '.join(sorted(coefficients))}; run `taskvec run` to combine anew"
+            )
         self._flat.copy_(self._base)
         for name, vector in self._basis.items():
             self._flat.add_(vector, alpha=coefficients[name])
 
     def _gather(self, tensors: Mapping[str, Tensor], what: str) -> Tensor:
-        missing = [name for name in self._names if name not in tensors]
-        if missing or len(tensors) != len(self._names):
-            raise IncompatibleWeights(
-                f"{what}: {len(tensors)} tensors, the model edits {len(self._names)}"
-                + (f" (first missing: {missing[0]!r})" if missing else "")
-            )
+        own = dict(zip(self._names, self._parameters, strict=True))
+        check_alike(own, tensors, "the model", what)
         return self._flatten([tensors[name] for name in self._names])
 
     def _flatten(self, tensors: list[Tensor]) -> Tensor:
         """Return the elements in the memory order of the parameters, one after the other."""
         parts = []
         for tensor, parameter in zip(tensors, self._parameters, strict=True):
-            if tensor.shape != parameter.shape:
-                raise IncompatibleWeights(
-                    f"shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}"
-                )
             placed = torch.empty_like(parameter.data, dtype=torch.float32)  # keeps the strides
             placed.copy_(tensor)
             parts.append(placed.as_strided((placed.numel(),), (1,)))

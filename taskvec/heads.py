@@ -8,7 +8,7 @@ from taskvec.metrics import BATCH
 from taskvec.towers import Tower
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: the head must serve in training
 def prototype_head(tower: Tower, images: Tensor, labels: Tensor, scale: float) -> Tensor:
     """Return ``scale`` times the centred unit mean feature of each class, (classes, D).
 

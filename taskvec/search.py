@@ -68,26 +68,35 @@ def decide(
     """Return the position of the candidate to take.
 
     ``best`` takes the feasible candidate with the best objective, ``largest`` the feasible one
-    with the largest coefficient (the paper's rule for negation). Ties go to the smaller edit. If
-    nothing is feasible the smallest edit is taken, which the table marks as not feasible. NaN
-    never wins.
+    with the largest coefficient (the paper's rule for negation). Ties go to the smaller edit, then
+    to the smaller coefficients in the order of their names, so that the order of the candidates
+    does not matter. If nothing is feasible the smallest edit is taken, which the table marks as
+    not feasible. A candidate with a NaN accuracy never wins against one without.
     """
     sign = 1.0 if objective.maximize else -1.0
 
     def size(position: int) -> float:
-        return sum(abs(value) for value in candidates[position].coefficients.values())
+        return sum(abs(value) for _, value in sorted(candidates[position].coefficients.items()))
 
-    def score(position: int) -> float:
+    def smallest(position: int) -> tuple[float, list[float]]:
+        coefficients = candidates[position].coefficients
+        return size(position), [coefficients[name] for name in sorted(coefficients)]
+
+    def best(position: int) -> tuple[float, float, list[float]]:
         value = objective_value(candidates[position], objective, references)
-        return float("-inf") if isnan(value) else sign * value
+        return -sign * value, *smallest(position)
 
-    allowed = [
+    def largest(position: int) -> tuple[float, float, list[float]]:
+        return -size(position), *smallest(position)
+
+    known = [
         position
         for position, candidate in enumerate(candidates)
-        if feasible(candidate, constraint, references)
+        if not any(isnan(value) for value in candidate.accuracy.values())
+    ]
+    allowed = [
+        position for position in known if feasible(candidates[position], constraint, references)
     ]
     if not allowed:
-        return min(range(len(candidates)), key=lambda position: (size(position), position))
-    if select == "largest":
-        return max(allowed, key=lambda position: (size(position), -position))
-    return max(allowed, key=lambda position: (score(position), -size(position), -position))
+        return min(known or range(len(candidates)), key=smallest)
+    return min(allowed, key=largest if select == "largest" else best)

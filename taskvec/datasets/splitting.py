@@ -9,6 +9,7 @@ Letters: N items, S pixels along an edge.
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,6 +172,8 @@ def _draw_groups(
             f"{len(unique)} items are left after {len(items.labels) - len(unique)} duplicates were "
             f"removed, expected {wanted} ({declared}); lower the sizes in params.yaml"
         )
+    if len({items.groups[i] for i in unique}) == len(unique):
+        return _draw_items(items, unique, sizes)
     quota = _quotas(items, unique, sizes)
     need = {split: Counter(quota[split]) for split in SPLITS}
     classes: dict[str, Counter[int]] = defaultdict(Counter)
@@ -195,6 +198,17 @@ def _draw_groups(
         homes[group] = home
         missing[home] -= classes[group].total()
     return homes
+
+
+def _draw_items(items: Items, unique: Sequence[int], sizes: Mapping[str, int]) -> dict[str, str]:
+    """Return the split of each item where every item is a group of its own.
+
+    Test is drawn first, then validation, then train: to train on more or less moves no test item.
+    """
+    ranked = iter(_stratify(items, unique))
+    return {
+        items.groups[i]: split for split in reversed(SPLITS) for i in islice(ranked, sizes[split])
+    }
 
 
 def _quotas(

@@ -7,7 +7,6 @@ and to a few labelled pictures a class of the tasks in ``model.align_tasks``. Th
 few-shot aligned, not zero-shot.
 """
 
-import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -140,7 +139,7 @@ def text_head(
     """Return the frozen classifier, (classes, 384): centred prompt embeddings times the scale."""
     del ridge, name_target
     tokenizer = _tokenizer()
-    with torch.inference_mode():
+    with torch.no_grad():
         rows = open_clip.build_zero_shot_classifier(_text_model(), tokenizer, classes, templates).T
         return (logit_scale * functional.normalize(rows - rows.mean(0), dim=-1)).clone()
 
@@ -179,7 +178,6 @@ def _text_model() -> Any:
 
 @cache
 def _text_directory() -> Path:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     return next(iter(locate(TEXT).values())).parent
 
 

@@ -1,0 +1,39 @@
+# `make demo` and `make test` set up .venv by themselves; the rest works in it.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+# DVC runs `python`: it must be the one of .venv.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo results test check readme bench clean-data
+
+demo: $(READY)  ## the default experiment, its table and its report
+	taskvec run
+	taskvec results
+
+results: $(READY)  ## the default experiment over all seeds, into docs/results/ and the README
+	taskvec run results
+	python docs/copy_results.py
+
+test: check  ## everything that CI runs
+	python -m pytest -q
+
+check: $(READY)  ## lint, types, import contracts, rendered files
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+	python -m flows.plan --check
+
+readme: $(READY)  ## copy docs/results/default.md into the README
+	python docs/copy_results.py
+
+bench: $(READY)  ## measure, into docs/benchmarks.md
+	python -m benchmarks
+
+$(READY): constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[demo,dev]'
+	touch $@

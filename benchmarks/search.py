@@ -1,0 +1,262 @@
+"""One more coefficient in a search: the flat buffer, the bare forward pass and the naive way.
+
+- ``search``: what the stage search does for a coefficient: `FlatEditor.apply`, then `count_correct`
+  over the validation pictures of every task, from uint8.
+- ``bare``: only ``module(batch)`` over the same pictures, which are normalised, float32 and
+  channels last beforehand, in the same batches. Nobody can be faster with this tower.
+- ``naive``: what the paper's scripts do for a coefficient (`TaskVector.apply_to`, then
+  `eval_single_dataset`): load the pre-trained checkpoint, make a new state dict key by key,
+  `load_state_dict`, and read, decode and transform every picture file. In its favour: the sum of
+  the vectors is made beforehand, the pictures are small PNG files of the final size, and there is
+  neither a `DataLoader` to start nor a pickled module to load.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.measuring import ROOT, conditions, interleave, ratio, ratio_cell, table, verdict
+from tasks import inputs
+from tasks.artifacts import Artifacts
+from tasks.combine import BASIS, OFFSET
+from taskvec import checkpoints
+from taskvec import params as parameters
+from taskvec.flat import FlatEditor
+from taskvec.metrics import BATCH, count_correct
+from taskvec.models import bundled
+from taskvec.numeric import make_deterministic
+from taskvec.params import Model
+from taskvec.towers import PREFIX, Tower
+
+EDIT = "addition"
+COEFFICIENT = 0.35
+REPETITIONS = 11
+TARGET = 1.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a search works on.
+
+    Attributes:
+        model: the architecture; every way gets a tower of its own.
+        pretrained: the state of theta_pre.
+        vector: the sum of the task vectors, by parameter.
+        coefficient: the name of its coefficient.
+        data: task -> head (classes, D), pictures (N, 3, S, S) uint8, labels (N,).
+    """
+
+    model: Model
+    pretrained: Mapping[str, Tensor]
+    vector: Mapping[str, Tensor]
+    coefficient: str
+    data: Mapping[str, tuple[Tensor, Tensor, Tensor]]
+
+
+def measure(*, quick: bool) -> str:
+    """Return the section of docs/benchmarks.md; ``quick`` takes random weights and pictures."""
+    load = os.getloadavg()[0]
+    make_deterministic()
+    case = _random_case() if quick else _committed_case(ROOT)
+    with tempfile.TemporaryDirectory() as directory:
+        search, bare, naive = _Search(case), _Bare(case), _Naive(case, Path(directory))
+        counts = [search(), bare.counts(), naive()]  # also warms up
+        assert counts[0] == counts[1] == counts[2], f"the ways disagree: {counts}"
+        ways = {"bare": bare, "search": search, "naive": naive, "apply": search.apply}
+        times = interleave(ways, 2 if quick else REPETITIONS)
+    pictures = {task: len(labels) for task, (_, _, labels) in case.data.items()}
+    sizes = ", ".join(f"{task} {number}" for task, number in pictures.items())
+    accuracies = ", ".join(f"{t} {counts[0][t] / number:.4f}" for t, number in pictures.items())
+    found = ratio(times["search"], times["bare"])[0]
+    rows = [
+        ["bare forward pass", times["bare"].cell(digits=3), "1", ""],
+        [
+            "search, one more coefficient",
+            times["search"].cell(digits=3),
+            ratio_cell(times["search"], times["bare"], digits=3),
+            verdict(found, TARGET),
+        ],
+        [
+            "of that, the edit of the weights",
+            times["apply"].cell(digits=4),
+            ratio_cell(times["apply"], times["bare"], digits=4),
+            "",
+        ],
+        [
+            "naive: new state dict, pictures decoded again",
+            times["naive"].cell(digits=3),
+            ratio_cell(times["naive"], times["bare"], digits=2),
+            "",
+        ],
+    ]
+    size = next(iter(case.data.values()))[1].shape[-1]
+    return "\n\n".join(
+        [
+            "## One more coefficient in a search",
+            conditions(load),
+            table(["way", "seconds", "times bare", "target"], rows),
+            f"Median (lowest to highest) of {len(times['bare'].seconds)} rounds, in each of which "
+            f"every way runs once, in one process with one thread. {sum(pictures.values())} "
+            f"validation pictures of {size} pixels ({sizes}) in batches of {BATCH}. *Bare* is "
+            "only the module's forward pass over batches that are normalised and laid out "
+            "beforehand. *Search* edits the flat buffer, normalises, computes logits and counts. "
+            "*Naive* restates the paper's scripts: load the checkpoint, add key by key, "
+            "`load_state_dict`, decode every picture; the pictures are small PNG files, with "
+            "photographs it would be slower still.",
+            "The three ways must agree on every accuracy, or nothing is reported: at coefficient "
+            f"{COEFFICIENT:g}, {accuracies}. A grid of 21 points is 21 times the second line, "
+            "since nothing is loaded or decoded again.",
+        ]
+    )
+
+
+class _Search:
+    """One coefficient as in tasks/search.py."""
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self.tower = _tower(case)
+        self._editor = FlatEditor(self.tower, {case.coefficient: case.vector}, {})
+
+    def apply(self) -> None:
+        self._editor.apply({self._case.coefficient: COEFFICIENT})
+
+    def __call__(self) -> dict[str, int]:
+        self.apply()
+        return {t: count_correct(self.tower, *parts) for t, parts in self._case.data.items()}
+
+
+class _Bare:
+    """The forward pass alone, in a tower that has the edited weights in its own memory."""
+
+    def __init__(self, case: Case) -> None:
+        edited = _Search(case)
+        edited.apply()
+        self._case = case
+        self._tower = _tower(case)
+        self._tower.load(edited.tower.state())
+        self._batches = {
+            task: [self._tower.normalize(part) for part in images.split(BATCH)]
+            for task, (_, images, _) in case.data.items()
+        }
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        module = self._tower.module
+        for batches in self._batches.values():
+            for batch in batches:
+                module(batch)
+
+    @torch.inference_mode()
+    def counts(self) -> dict[str, int]:
+        """Return the number of correct pictures a task, to compare the ways."""
+        counts = {}
+        for task, (head, _, labels) in self._case.data.items():
+            features = torch.cat([self._tower.module(batch) for batch in self._batches[task]])
+            predicted = (functional.normalize(features, dim=-1) @ head.T).argmax(1)
+            counts[task] = int((predicted == labels).sum())
+        return counts
+
+
+class _Naive:
+    """One coefficient as in the published scripts, restated."""
+
+    def __init__(self, case: Case, directory: Path) -> None:
+        self._case = case
+        self._tower = _tower(case)
+        self._module = self._tower.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self._checkpoint = directory / "pretrained.pt"
+        torch.save({k.removeprefix(PREFIX): v for k, v in case.pretrained.items()}, self._checkpoint)
+        self._files = {
+            task: [_write(image, directory / f"{task}-{i}.png") for i, image in enumerate(images)]
+            for task, (_, images, _) in case.data.items()
+        }
+
+    def __call__(self) -> dict[str, int]:
+        pretrained = torch.load(self._checkpoint, weights_only=True)
+        with torch.no_grad():
+            state = {}
+            for key, value in pretrained.items():
+                vector = self._case.vector.get(PREFIX + key)
+                state[key] = value if vector is None else value + COEFFICIENT * vector
+            self._module.load_state_dict(state, strict=False)
+            return {task: self._correct(task) for task in self._case.data}
+
+    def _correct(self, task: str) -> int:
+        head, _, labels = self._case.data[task]
+        correct = 0
+        for start in range(0, len(labels), BATCH):
+            paths = self._files[task][start : start + BATCH]
+            batch = torch.stack([self._transformed(path) for path in paths])
+            features = functional.normalize(self._module(batch), dim=-1)
+            predicted = (features @ head.T).argmax(dim=1)
+            correct += int((predicted == labels[start : start + BATCH]).sum())
+        return correct
+
+    def _transformed(self, path: Path) -> Tensor:
+        """Return a picture as ``ToTensor`` and ``Normalize`` make it, (3, S, S)."""
+        with Image.open(path) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+        mean = torch.tensor(self._tower.mean).view(3, 1, 1)
+        std = torch.tensor(self._tower.std).view(3, 1, 1)
+        return pixels.float().div(255).sub_(mean).div_(std)
+
+
+def _write(image: Tensor, path: Path) -> Path:
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(path)
+    return path
+
+
+def _tower(case: Case) -> Tower:
+    tower = inputs.architecture(case.model)
+    tower.load(case.pretrained)
+    return tower
+
+
+def _committed_case(root: Path) -> Case:
+    """Return the edit of all default tasks, from the artifacts of a finished run."""
+    params = parameters.load(root / "params.yaml")
+    artifacts, seed = Artifacts(root), params.seeds[0]
+    basis = checkpoints.load(artifacts.basis(EDIT, seed), "basis")
+    assert not any(name.startswith(f"{OFFSET}.") for name in basis.tensors)
+    (coefficient,) = basis.metadata["coefficients"]
+    prefix = f"{BASIS}.{coefficient}."
+    return Case(
+        model=params.model,
+        pretrained=checkpoints.load(artifacts.pretrained(), "checkpoint").tensors,
+        vector={name.removeprefix(prefix): value for name, value in basis.tensors.items()},
+        coefficient=coefficient,
+        data={
+            task: (inputs.head(artifacts, task), *inputs.images(artifacts, task, "validation"))
+            for task in params.edits[EDIT].objective.tasks
+        },
+    )
+
+
+def _random_case(size: int = 32, pictures: int = 20, classes: int = 4) -> Case:
+    """Return random weights and pictures, which need no artifacts."""
+    torch.manual_seed(0)
+    model = Model(family="bundled", image_size=size)
+    tower = inputs.architecture(model)
+    draw = torch.Generator().manual_seed(0)
+    state = tower.state()
+    data = {}
+    for task in ("first", "second"):
+        images = torch.randint(0, 256, (pictures, 3, size, size), generator=draw, dtype=torch.uint8)
+        labels = torch.randint(0, classes, (pictures,), generator=draw)
+        data[task] = (torch.randn(classes, bundled.EMBED_DIM, generator=draw), images, labels)
+    return Case(
+        model=model,
+        pretrained=state,
+        vector={name: 0.01 * state[name] for name in tower.edited()},
+        coefficient="c",
+        data=data,
+    )

@@ -1,0 +1,35 @@
+"""Shared fixtures: a Prefect server for the session, and a finished tiny project."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.project import ALL, Project
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Return the environment of a running Prefect server."""
+    from flows.servers import started_prefect
+
+    with started_prefect(tmp_path_factory.mktemp("prefect"), ui=False) as server:
+        yield server.environment
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, prefect_server: dict[str, str]) -> Project:
+    """Return a project in which everything has run once; copy it, do not change it."""
+    project = Project.create(tmp_path_factory.mktemp("finished"), prefect_server)
+    done = project.taskvec("run")
+    assert done.code == 0, done.err
+    assert done.stages("run") == ALL, done.err
+    return project
+
+
+@pytest.fixture
+def project(finished: Project) -> Iterator[Project]:
+    """Return a copy of the finished project, to change at will."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield finished.copy(Path(directory) / "checkout")
