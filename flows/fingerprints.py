@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from taskvec.errors import InvalidInput
+
 PACKAGES = ("taskvec", "tasks")
 EFFECTS = "<import>"
 PLAIN_DECORATORS = {"property", "classmethod", "staticmethod", "override"}
@@ -224,8 +226,12 @@ class Code:
         path = path / "__init__.py" if is_package else path.with_suffix(".py")
         if not path.is_file():
             return None
+        try:
+            tree = _without_docstrings(ast.parse(path.read_text()))
+        except SyntaxError as error:
+            raise InvalidInput(f"{path}:{error.lineno}: {error.msg}") from None
         module = Module(name if is_package else name.rpartition(".")[0], name)
-        for node in _without_docstrings(ast.parse(path.read_text())).body:
+        for node in tree.body:
             if isinstance(node, FUNCTION | ast.ClassDef):
                 module.definitions.setdefault(node.name, []).append(node)
                 continue

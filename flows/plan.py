@@ -218,7 +218,7 @@ def _edit_stages(
         + [files.images(task, split) for task in evaluated for split in ("validation", "test")]
         + [files.evaluation(task, seed) for task in evaluated],
         params=["evaluate"],
-        outs=[files.evaluation(edit, seed)],
+        outs=[files.evaluation(edit, seed), files.figure(edit, seed)],
         metrics=[files.metrics(edit, seed)],
     )  # fmt: skip
 
@@ -237,7 +237,8 @@ def _stage(
     keys: list[Any] = [f"edits.{edit}.{key}" for key in params]
     if stage != "combine":
         keys.append("model")
-    keys.append({"code.yaml": ["python", "packages.torch", stage]})
+    packages = ["packages.torch", *["packages.matplotlib"] * (stage == "evaluate")]
+    keys.append({"code.yaml": ["python", *packages, stage]})
     block: dict[str, Any] = {
         "wdir": "..",
         "cmd": f"python -m tasks {stage} {edit}-{seed}",

@@ -99,6 +99,8 @@ class Tracker:
         self._queue.put(lambda: self._client.set_terminated(self._parent, status))
         self._queue.put(None)
         self._thread.join(FLUSH_SECONDS)
+        if self._thread.is_alive() and not self._broken:
+            self._warn("MLflow is too slow; the end of this run is not recorded")
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
@@ -261,6 +263,8 @@ def _mlflow() -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    # A dead server is noticed within seconds; MLflow's own 7 retries take minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     import mlflow
 
     for name in ("mlflow", "alembic"):

@@ -71,6 +71,10 @@ class Artifacts:
         """The same figures as flat JSON, for `dvc metrics show` and MLflow."""
         return self.data / "evaluations" / f"{name}-{seed}.json"
 
+    def figure(self, name: str, seed: int) -> Path:
+        """The test accuracies of the same table as a picture."""
+        return self.data / "evaluations" / f"{name}-{seed}.svg"
+
     def report(self) -> Path:
         """The page that shows the experiment."""
         return self.data / "reports" / "index.html"

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tasks.artifacts import Artifacts
+from tasks.inputs import check_origin
 from tasks.stages import Emit
-from taskvec.checkpoints import load, save
+from taskvec.checkpoints import Weights, load, save
 from taskvec.expressions import names, parse
 from taskvec.merging.task_arithmetic import task_arithmetic
-from taskvec.vectors import TaskVector
+from taskvec.vectors import TaskVector, check_alike
 
 BASIS, OFFSET = "basis", "offset"
 
@@ -26,6 +27,7 @@ def combine(
     coefficients = [name for name in names(expression) if name not in vectors]
     recipe = parse(expression, vectors, coefficients)
     loaded = {name: load(artifacts.vector(name, seed), "vector") for name in recipe.vectors}
+    _check_one_origin(loaded)
     operands = {
         name: TaskVector(item.tensors, item.metadata["origin"]) for name, item in loaded.items()
     }
@@ -46,6 +48,14 @@ def combine(
         origin=first["origin"],
         method="task_arithmetic",
     )
+
+
+def _check_one_origin(loaded: Mapping[str, Weights]) -> None:
+    """Raise IncompatibleWeights unless all vectors fit, also those of different coefficients."""
+    one, first = next(iter(loaded.items()))
+    for name, item in loaded.items():
+        check_origin(item, str(first.metadata["origin"]), f"the vector of {name}")
+        check_alike(first.tensors, item.tensors, f"the vector of {one}", f"the vector of {name}")
 
 
 def _prefixed(

@@ -9,10 +9,11 @@ import pandas as pd
 from tasks.artifacts import Artifacts
 from tasks.inputs import architecture, checkpoint, head, images
 from tasks.stages import Emit
-from taskvec import tables
+from taskvec import pictures, tables
 from taskvec.atomic import write_text
 from taskvec.metrics import count_correct, normalized_accuracy, ratio, wilson_interval
 from taskvec.params import Model
+from taskvec.summaries import Estimate
 
 
 def evaluate(
@@ -44,30 +45,35 @@ def evaluate(
         for task in tasks or [name]:
             weights = head(artifacts, task)
             for split in ("validation", "test"):
-                pictures, labels = images(artifacts, task, split)
-                correct = count_correct(tower, weights, pictures, labels)
+                shown, labels = images(artifacts, task, split)
+                correct = count_correct(tower, weights, shown, labels)
                 counts.append(
                     {"model": label, "seed": seed, "task": task, "split": split,
                      "items": len(labels), "correct": correct, "chance": 1 / len(weights)}
                 )  # fmt: skip
                 emit({"step": len(counts), "steps": len(models) * len(tasks or [name]) * 2})
-    table = _with_shares(pd.DataFrame(counts), artifacts, seed, own=tasks is None)
+    known = _references(artifacts, tasks or [], seed)
+    table = _with_shares(pd.DataFrame(counts), known)
     tables.write(artifacts.evaluation(name, seed), table, tables.Evaluation)
+    write_text(artifacts.figure(name, seed), _picture(pd.concat([*known, table])))
     _write_metrics(artifacts.metrics(name, seed), table, several=tasks is not None)
 
 
-def _with_shares(
-    table: pd.DataFrame, artifacts: Artifacts, seed: int, *, own: bool
-) -> pd.DataFrame:
-    """Return the table with accuracy, interval, normalised accuracy and ratio."""
+def _with_shares(table: pd.DataFrame, known: list[pd.DataFrame]) -> pd.DataFrame:
+    """Return the table with accuracy, interval, normalised accuracy and ratio.
+
+    Args:
+        table: counts; for a task's own models they are their own references.
+        known: the evaluations of the pre-trained and fine-tuned models, for an edit.
+    """
     bounds = [wilson_interval(c, n) for c, n in zip(table["correct"], table["items"], strict=True)]
     table = table.assign(
         accuracy=table["correct"] / table["items"],
         low=[low for low, _ in bounds],
         high=[high for _, high in bounds],
     )
-    known = table if own else _references(artifacts, sorted(set(table["task"])), seed)
-    accuracy = known.set_index(["model", "task", "split"])["accuracy"]
+    references = pd.concat(known or [table])
+    accuracy = references.set_index(["model", "task", "split"])["accuracy"]
     keys = list(zip(table["task"], table["split"], strict=True))
     return table.assign(
         normalized=[
@@ -81,10 +87,22 @@ def _with_shares(
     )
 
 
-def _references(artifacts: Artifacts, tasks: list[str], seed: int) -> pd.DataFrame:
-    return pd.concat(
-        [tables.read(artifacts.evaluation(task, seed), tables.Evaluation) for task in tasks]
-    )
+def _references(artifacts: Artifacts, tasks: list[str], seed: int) -> list[pd.DataFrame]:
+    return [tables.read(artifacts.evaluation(task, seed), tables.Evaluation) for task in tasks]
+
+
+def _picture(table: pd.DataFrame) -> str:
+    """Return test accuracies as bars, by task; an edit beside what it started from and aims at."""
+    rows = [
+        pictures.Bar(
+            f"{row['task']}, {row['model']}",
+            Estimate(row["accuracy"], row["low"], row["high"]),
+            reference=row["model"] == "pretrained",
+        )
+        for _, group in table[table["split"] == "test"].groupby("task", sort=False)
+        for row in group.to_dict("records")
+    ]
+    return pictures.bars(rows, "evaluation", "accuracy on test data with 95 % intervals")
 
 
 def _write_metrics(path: Path, table: pd.DataFrame, *, several: bool) -> None:

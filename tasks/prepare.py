@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 
 from tasks.artifacts import Artifacts
-from tasks.inputs import architecture
 from tasks.stages import Emit
 from taskvec import checkpoints, plugins, tables
 from taskvec.atomic import write_text
@@ -19,7 +18,7 @@ from taskvec.datasets import package_data
 from taskvec.datasets.items import SPLITS, Items
 from taskvec.datasets.splitting import assign, digests, near_duplicates, order, resize
 from taskvec.errors import InvalidData
-from taskvec.params import Data, Model
+from taskvec.params import Data
 
 
 def prepare(
@@ -29,7 +28,8 @@ def prepare(
     data: Data,
     classes: list[str],
     templates: list[str],
-    model: Model,
+    image_size: int,
+    shots: int,
     emit: Emit,
 ) -> None:
     """Write the pictures of each split, the alignment pictures, the table of items and a summary.
@@ -43,8 +43,9 @@ def prepare(
         data: adapter, source and sizes.
         classes: names in label order, and
         templates: prompts; they go with the alignment pictures, which are fitted to them.
-        model: its picture size in pixels and its ``shots``, the alignment pictures a class; with 0
-            none is marked as such, and the file, which nobody reads then, has one a class.
+        image_size: side of the pictures in pixels.
+        shots: the alignment pictures a class; with 0 none is marked as such, and the file, which
+            nobody reads then, has one a class.
         emit: is told the progress.
 
     Raises:
@@ -52,12 +53,10 @@ def prepare(
         InvalidData: the data is not what is declared, or there is too little.
     """
     del emit
-    shots = model.shots
     files = package_data.locate(data.source)
     items = plugins.load("datasets", data.dataset).load(files, **data.options)
     _check_classes(items, classes, task)
-    size = model.image_size or architecture(model).image_size
-    items = replace(items, images=resize(items.images, size))
+    items = replace(items, images=resize(items.images, image_size))
     sizes = {"train": data.train, "validation": data.validation, "test": data.test}
     splits = assign(items, sizes, data.seed)
     rows = {split: [i for i in order(items, data.seed) if splits[i] == split] for split in SPLITS}

@@ -10,7 +10,7 @@ from typing import Any
 from tasks.artifacts import Artifacts
 from taskvec import expressions
 from taskvec.errors import InvalidInput, nearest
-from taskvec.params import Params
+from taskvec.params import Model, Params
 
 NAMES = (
     "prepare", "pretrain", "head", "fine_tune", "extract",
@@ -46,7 +46,8 @@ def arguments(stage: str, item: str, params: Params) -> dict[str, Any]:
                 "data": task.data,
                 "classes": task.head.classes,
                 "templates": task.head.templates,
-                "model": params.model,
+                "image_size": _image_size(params.model),
+                "shots": params.model.shots,
             }
         case "pretrain":
             return {"model": params.model}
@@ -95,6 +96,14 @@ def _seeded(item: str) -> tuple[str, int]:
     if not name or not seed.isdigit():
         raise InvalidInput(f"item {item!r}: expected a name and a seed, such as mnist-0")
     return name, int(seed)
+
+
+def _image_size(model: Model) -> int:
+    """Return the side of the pictures in pixels, that of the model unless it is set."""
+    if model.image_size:
+        return model.image_size
+    inputs = importlib.import_module("tasks.inputs")  # heavy, which few callers need
+    return int(inputs.architecture(model).image_size)
 
 
 def _task(name: str, params: Params) -> Any:

@@ -25,7 +25,7 @@ from taskvec.datasets import digits, faces, letters, mnist, npz, package_data, t
 from taskvec.datasets.items import SPLITS, Items
 from taskvec.datasets.splitting import assign, digests, near_duplicates, order, resize
 from taskvec.errors import InvalidData, MissingDependency
-from taskvec.params import Data, Model, Source, Task
+from taskvec.params import Data, Source, Task
 
 DEFAULT = Path(__file__).parent.parent / "params.yaml"
 PAIRS = {"mnist_inverted": "mnist", "digits_inverted": "digits"}
@@ -77,7 +77,7 @@ def run(artifacts: Artifacts, name: str, image_size: int, shots: int) -> None:
     prepare(
         artifacts, task=name, data=task.data, classes=task.head.classes,
         templates=task.head.templates, emit=lambda *_, **__: None,
-        model=Model(family="bundled", image_size=image_size, shots=shots),
+        image_size=image_size, shots=shots,
     )  # fmt: skip
 
 

@@ -1,0 +1,205 @@
+"""The pipeline against plain `dvc repro`: 50 trivial stages of the real code in twin checkouts.
+
+Every time is the wall time of a whole process as a user starts it, in a checkout with warm
+bytecode. `taskvec run` is measured twice: with a Prefect server of its own, which it starts and
+stops, and with one that is running already.
+"""
+
+import filecmp
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmarks.measuring import (
+    Times,
+    conditions,
+    interleave,
+    ratio,
+    ratio_cell,
+    table,
+    timed,
+    verdict,
+)
+from flows.servers import started_prefect
+from taskvec import params as parameters
+from tests.project import ROOT, Project
+
+TASKS = ("digits", "faces", "digits_inverted")
+EDITS = 11
+STAGES = 5 * len(TASKS) + 2 + 3 * EDITS  # 5 a task, pretrain, report, 3 an edit
+OWN, RUNNING, REPRO = "taskvec run, own server", "taskvec run, running server", "dvc repro"
+LOCKS = ("dvc.lock", "edits/dvc.lock")
+EXPERIMENT = """
+seeds: [0]
+model: {family: bundled, image_size: 32, align_tasks: [faces], shots: 1}
+fine_tune:
+  {steps: 1, batch_size: 4, learning_rate: 1e-4, weight_decay: 0.0, warmup: 0.0, clip_norm: 1.0}
+tasks:
+"""
+TASK = """
+  NAME:
+    data: {dataset: DATASET, options: OPTIONS, source: SOURCE, train: 40, validation: 20, test: 20}
+    head: {kind: text, classes: CLASSES, templates: ["a photo of a {}."]}
+    fine_tune: {}
+"""
+EDIT = """
+  edit_NUMBER:
+    expression: c * faces
+    coefficients: {c: {low: 0.NUMBER, high: 0.NUMBER, points: 1}}
+    objective: {maximize: accuracy, tasks: [faces]}
+    evaluate: [faces]
+"""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often each part is measured."""
+
+    stale: int
+    no_op: int
+    edit: int
+
+
+FULL, QUICK = Rounds(stale=3, no_op=9, edit=5), Rounds(stale=1, no_op=2, edit=1)
+
+
+class Checkout:
+    """A checkout, and one way of bringing it up to date."""
+
+    def __init__(self, root: Path, way: str, server: Mapping[str, str]) -> None:
+        project = Project(root, dict(server) if way == RUNNING else {})
+        self.root = root
+        self._environment = project.environment()
+        self._environment.pop("PYTHONDONTWRITEBYTECODE")
+        self._command = (
+            ["dvc", "repro"] if way == REPRO else [sys.executable, "-m", "flows.cli", "run"]
+        )
+
+    def run(self) -> str:
+        """Bring the checkout up to date; return what the command said."""
+        done = subprocess.run(
+            self._command, cwd=self.root, env=self._environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{self._command}: {done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def set_range(self, value: float) -> None:
+        """Let the first edit try one other coefficient."""
+        path = self.root / "params.yaml"
+        lines = path.read_text().splitlines(keepends=True)
+        place = next(i for i, line in enumerate(lines) if line.strip() == "edit_10:") + 2
+        lines[place] = f"    coefficients: {{c: {{low: {value}, high: {value}, points: 1}}}}\n"
+        path.write_text("".join(lines))
+
+
+def measure(*, quick: bool) -> str:
+    """Return the section of docs/benchmarks.md."""
+    load = os.getloadavg()[0]
+    rounds = QUICK if quick else FULL
+    # not in memory: a checkout with its data has some hundred megabytes
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        template = _template(directory / "template")
+        with started_prefect(directory / "server", ui=False) as server:
+            checkouts, stale = _all_stale(directory, template, server.environment, rounds.stale)
+            no_op = interleave({way: _quiet(c) for way, c in checkouts.items()}, rounds.no_op)
+            edit = _one_edit(checkouts, rounds.edit)
+    return _section(load, stale, no_op, edit)
+
+
+def _all_stale(
+    directory: Path, template: Path, server: Mapping[str, str], rounds: int
+) -> tuple[dict[str, Checkout], dict[str, Times]]:
+    """Run everything in fresh copies; return the last ones and the times.
+
+    A fresh copy has neither outputs, nor lock files, nor a run cache.
+    """
+    checkouts: dict[str, Checkout] = {}
+    seconds: dict[str, list[float]] = {way: [] for way in (OWN, RUNNING, REPRO)}
+    for _ in range(rounds):
+        for number, way in enumerate(seconds):
+            root = directory / f"checkout-{number}"
+            shutil.rmtree(root, ignore_errors=True)
+            subprocess.run(["cp", "-a", str(template), str(root)], check=True)
+            checkouts[way] = Checkout(root, way, server)
+            seconds[way].append(timed(checkouts[way].run))
+        for lock in LOCKS:
+            for way in (OWN, RUNNING):
+                same = filecmp.cmp(checkouts[way].root / lock, checkouts[REPRO].root / lock, False)
+                assert same, f"{lock} differs between {way} and {REPRO}"
+    return checkouts, {way: Times(tuple(values)) for way, values in seconds.items()}
+
+
+def _quiet(checkout: Checkout) -> Callable[[], None]:
+    """Return a run that must find nothing to do."""
+
+    def run() -> None:
+        said = checkout.run()
+        assert "nothing to do" in said or "up to date" in said, said
+
+    return run
+
+
+def _one_edit(checkouts: Mapping[str, Checkout], rounds: int) -> dict[str, Times]:
+    """Change one edit's coefficient to a value it never had, and time what reruns."""
+    seconds: dict[str, list[float]] = {way: [] for way in checkouts}
+    for number in range(rounds):
+        for way, checkout in checkouts.items():
+            checkout.set_range(0.5 + (number + 1) / 100)
+            seconds[way].append(timed(checkout.run))
+    return {way: Times(tuple(values)) for way, values in seconds.items()}
+
+
+def _template(root: Path) -> Path:
+    """Return a checkout with the trivial experiment, rendered, in which nothing has run."""
+    root.mkdir()
+    project = Project.create(root, {})
+    committed = parameters.plain(parameters.read(ROOT / "params.yaml"))["tasks"]
+    text = EXPERIMENT
+    for task in TASKS:
+        data = committed[task]["data"]
+        text += _fill(
+            TASK,
+            NAME=task,
+            DATASET=data["dataset"],
+            OPTIONS=data.get("options", {}),
+            SOURCE=data["source"],
+            CLASSES=committed[task]["head"]["classes"],
+        )
+    text += "edits:\n" + "".join(_fill(EDIT, NUMBER=number) for number in range(10, 10 + EDITS))
+    (root / "params.yaml").write_text(text)
+    commands = [
+        [sys.executable, "-m", "flows.plan"],
+        [sys.executable, "-m", "compileall", "-q", "flows", "tasks", "taskvec"],
+        ["git", "add", "-A"],
+        ["git", "-c", "user.name=b", "-c", "user.email=b@localhost", "commit", "-qm", "trivial"],
+    ]
+    environment = {**project.environment()}
+    environment.pop("PYTHONDONTWRITEBYTECODE")
+    for command in commands:
+        subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True)
+    listed = project.command("dvc", "stage", "list", "--all", "--name-only").out.split()
+    found = [name for name in listed if "results" not in name]
+    assert len(found) == STAGES, f"{len(found)} stages, expected {STAGES}: {found}"
+    return root
+
+
+def _fill(text: str, **values: object) -> str:
+    import json
+
+    for key, value in values.items():
+        text = text.replace(key, value if isinstance(value, str) else json.dumps(value))
+    return text
+
+
+def _section(
+    load: float, stale: Mapping[str, Times], no_op: Mapping[str, Times], edit: Mapping[str, Times]
+) -> str:
+    raise NotImplementedError

@@ -1,0 +1,589 @@
+"""The stages: what each is given, and one small experiment from pictures to edited models."""
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flows import plan
+from tasks import stages
+from tasks.artifacts import Artifacts
+from tasks.inputs import architecture
+from taskvec import checkpoints, params, tables
+from taskvec.errors import InvalidInput, MissingArtifact, TaskvecError
+from taskvec.params import Params
+from tests.test_models import QUICK, TINY, install, register_tiny_models, write_tiny_weights
+
+ROOT = Path(__file__).parent.parent
+SEED = 3
+CLASSES = ["red", "green", "blue"]
+Key = tuple[str, ...]
+
+# What each stage is given
+
+
+def declared() -> Iterator[tuple[str, str, list[Key]]]:
+    """Yield stage, item and the keys of params.yaml that DVC watches for them, for all stages."""
+    for path, text in plan.render(ROOT, params.load(ROOT / "params.yaml")).items():
+        if path.name == "dvc.yaml":
+            for block in YAML(typ="safe").load(text)["stages"].values():
+                for item, stage in instances(block):
+                    yield (*command(stage["cmd"], item), list(keys(stage["params"], item)))
+
+
+def instances(block: dict[str, Any]) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+    """Yield what ``${item}`` and so on stand for, and the stage that they stand in."""
+    if "foreach" in block:
+        yield from (({"item": str(name)}, block["do"]) for name in block["foreach"])
+    elif "matrix" in block:
+        for task in block["matrix"]["task"]:
+            for seed in block["matrix"]["seed"]:
+                yield {"item.task": str(task), "item.seed": str(seed)}, block
+    else:
+        yield {}, block
+
+
+def filled(text: str, item: dict[str, str]) -> str:
+    for name, value in item.items():
+        text = text.replace(f"${{{name}}}", value)
+    assert "$" not in text
+    return text
+
+
+def command(text: str, item: dict[str, str]) -> tuple[str, str]:
+    words = filled(text, item).split()
+    assert words[:3] == ["python", "-m", "tasks"]
+    return words[3], words[4] if len(words) > 4 else ""
+
+
+def keys(entries: list[Any], item: dict[str, str]) -> Iterator[Key]:
+    for entry in entries:
+        if isinstance(entry, str):
+            yield tuple(filled(entry, item).split("."))
+        elif "pictures" in entry["code.yaml"]:
+            # the rendered copy of what of the model decides the pictures
+            yield from [("model", "image_size"), ("model", "shots")]
+
+
+def leaves(node: Any, *above: str) -> Iterator[Key]:
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from leaves(value, *above, key)
+    else:
+        yield above
+
+
+def altered(node: Any, key: Key) -> Any:
+    """Return a copy of the parameters with another value at a key, checked or not."""
+    if not key:
+        return another(node)
+    first, rest = key[0], key[1:]
+    if isinstance(node, dict):
+        return {**node, first: altered(node[first], rest)}
+    if first not in type(node).model_fields:
+        first, rest = "options", key
+    return node.model_copy(update={first: altered(getattr(node, first), rest)})
+
+
+def another(value: Any) -> Any:
+    if isinstance(value, BaseModel):  # an empty section
+        return value.model_copy(update={next(iter(type(value).model_fields)): 1})
+    if isinstance(value, list):
+        return [*value, value[0]]
+    if isinstance(value, str):
+        return f"x{value}"
+    return not value if isinstance(value, bool) else value + 1
+
+
+def test_a_stage_is_given_exactly_what_dvc_watches_for_it() -> None:
+    raw = params.plain(params.read(ROOT / "params.yaml"))
+    default = params.validate(raw)
+    others = {key: altered(default, key) for key in leaves(raw)}
+    found = list(declared())
+    assert {stage for stage, _, _ in found} == set(stages.NAMES)
+    unwatched, unused = [], []
+    for stage, item, watched in found:
+        given = stages.arguments(stage, item, default)
+        matter = {
+            key for key, other in others.items() if stages.arguments(stage, item, other) != given
+        }
+        assert default == params.validate(raw)
+        for key in sorted(matter):
+            if not any(key[: len(prefix)] == prefix for prefix in watched):
+                unwatched.append(f"{stage} {item}: {'.'.join(key)}")
+        for prefix in watched:
+            if not any(key[: len(prefix)] == prefix for key in matter):
+                unused.append(f"{stage} {item}: {'.'.join(prefix)}")
+    assert unwatched == []
+    assert unused == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "item", "message"),
+    [
+        ("prepair", "mnist-0", "unknown stage 'prepair'; did you mean 'prepare'"),
+        ("prepare", "minst", "unknown task 'minst'; did you mean 'mnist'"),
+        ("extract", "mnist", "such as mnist-0"),
+        ("extract", "mnist-zero", "such as mnist-0"),
+        ("fine_tune", "-0", "such as mnist-0"),
+        ("combine", "adition-0", "unknown edit 'adition'; did you mean 'addition'"),
+        ("search", "mnist-0", "unknown edit 'mnist'"),
+    ],
+)
+def test_unknown_stages_and_items_are_refused_with_a_hint(
+    stage: str, item: str, message: str
+) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        stages.arguments(stage, item, params.load(ROOT / "params.yaml"))
+
+
+# One small experiment
+
+
+def pictures_file(seed: int, shift: int) -> bytes:
+    """Return an .npz whose label is the brightest channel, counted from another one by shift."""
+    generator, arrays = np.random.default_rng(seed), {}
+    for short, count in (("train", 24), ("val", 12), ("test", 15)):
+        labels = np.arange(count) % 3
+        images = generator.integers(0, 150, (count, 16, 16, 3))
+        images[np.arange(count), :, :, (labels + shift) % 3] += 100
+        arrays[f"x_{short}"], arrays[f"y_{short}"] = images.astype(np.uint8), labels
+    file = BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def experiment(model: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
+    """Return the contents of a params.yaml with two tasks of two kinds and three edits."""
+    sizes = {"train": 24, "validation": 12, "test": 15}
+    templates = ["a photo of a {} thing.", "{}"]
+    heads = {"text": {"templates": templates}, "prototypes": {}}
+    tasks = {
+        task: {
+            "data": {
+                "dataset": "npz",
+                "source": {"package": "taskvec-test-data", "version": "1.0", "files": {
+                    name: files[name]}},
+                **sizes,
+            },
+            "head": {"kind": kind, "classes": CLASSES, **heads[kind]},
+            "fine_tune": changes,
+        }
+        for task, name, kind, changes in (
+            ("straight", "pictures/straight.npz", "text", {}),
+            ("shifted", "pictures/shifted.npz", "prototypes", {"learning_rate": 5e-3}),
+        )
+    }  # fmt: skip
+    both, unit = ["straight", "shifted"], {"low": 0, "high": 1, "points": 3}
+    return {
+        "seeds": [SEED],
+        "model": model,
+        "fine_tune": {
+            "steps": 5, "batch_size": 8, "learning_rate": 1e-2, "weight_decay": 0.0,
+            "warmup": 0.2, "clip_norm": 1.0,
+        },
+        "tasks": tasks,
+        "edits": {
+            "same": {
+                "expression": "c * straight",
+                "coefficients": {"c": {"low": 1, "high": 1, "points": 1}},
+                "objective": {"maximize": "accuracy", "tasks": ["straight"]},
+                "evaluate": ["straight"],
+            },
+            "both": {
+                "expression": "a * straight + b * shifted",
+                "coefficients": {"a": unit, "b": unit},
+                "objective": {"maximize": "normalized_accuracy", "tasks": both},
+                "evaluate": both,
+            },
+            "forget": {
+                "expression": "0.5 * shifted - c * straight",
+                "coefficients": {"c": unit},
+                "objective": {"minimize": "accuracy", "tasks": ["straight"]},
+                "constraint": {"tasks": ["shifted"], "min_ratio": 0.5},
+                "select": "largest",
+                "evaluate": both,
+            },
+        },
+    }  # fmt: skip
+
+
+ORDER = [
+    *[("prepare", task) for task in ("straight", "shifted")],
+    ("pretrain", ""),
+    *[("head", task) for task in ("straight", "shifted")],
+    *[
+        (stage, f"{task}-{SEED}")
+        for stage in ("fine_tune", "extract", "evaluate")
+        for task in ("straight", "shifted")
+    ],
+    *[
+        (stage, f"{edit}-{SEED}")
+        for stage in ("combine", "search", "evaluate")
+        for edit in ("same", "both", "forget")
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Return the parameters of the experiment, whose weights and pictures exist."""
+    directory = tmp_path_factory.mktemp("inputs")
+    register_tiny_models(directory)
+    model = {"family": "open_clip", **write_tiny_weights(directory / "weights.safetensors")}
+    content = {
+        "pictures/straight.npz": pictures_file(0, shift=0),
+        "pictures/shifted.npz": pictures_file(1, shift=1),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(directory)
+        yield experiment(model, dict(install(directory, content).files))
+
+
+@pytest.fixture(scope="module")
+def setting(raw: dict[str, Any]) -> Params:
+    return params.validate(raw)
+
+
+@pytest.fixture(scope="module")
+def done(setting: Params, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """Return the artifacts of the whole experiment; copy them, do not change them."""
+    artifacts = Artifacts(tmp_path_factory.mktemp("done"))
+    for stage, item in ORDER:
+        stages.run(stage, item, setting, artifacts, quiet)
+    return artifacts
+
+
+@pytest.fixture
+def fresh(done: Artifacts, tmp_path: Path) -> Artifacts:
+    """Return a copy of the experiment, to change at will."""
+    shutil.copytree(done.root, tmp_path / "copy")
+    return Artifacts(tmp_path / "copy")
+
+
+def quiet(progress: stages.Progress) -> None:
+    del progress
+
+
+def digests(artifacts: Artifacts) -> dict[str, str]:
+    return {
+        str(path.relative_to(artifacts.root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(artifacts.root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def state(path: Path) -> dict[str, Tensor]:
+    return checkpoints.load(path, "checkpoint").tensors
+
+
+def test_the_same_parameters_give_the_same_bytes(
+    setting: Params, done: Artifacts, tmp_path: Path
+) -> None:
+    again = Artifacts(tmp_path)
+    for stage, item in ORDER:
+        stages.run(stage, item, setting, again, quiet)
+    assert digests(again) == digests(done)
+    assert not list(done.root.rglob(".writing-*"))
+
+
+def test_a_vector_holds_exactly_the_floating_parameters_of_the_vision_tower(
+    setting: Params, done: Artifacts
+) -> None:
+    tower = architecture(setting.model)
+    expected = {f"visual.{n}": p.shape for n, p in tower.module.named_parameters()}
+    pretrained = checkpoints.load(done.pretrained(), "checkpoint")
+    for task in setting.tasks:
+        vector = checkpoints.load(done.vector(task, SEED), "vector")
+        assert {name: value.shape for name, value in vector.tensors.items()} == expected
+        assert {value.dtype for value in vector.tensors.values()} == {torch.float32}
+        assert vector.metadata["origin"] == pretrained.fingerprint
+        finetuned = state(done.checkpoint(task, SEED))
+        for name, value in vector.tensors.items():
+            assert torch.equal(value, finetuned[name] - pretrained.tensors[name])
+        assert any(value.any() for value in vector.tensors.values())
+
+
+def test_one_vector_with_coefficient_one_is_the_finetuned_model(
+    setting: Params, done: Artifacts
+) -> None:
+    edited, finetuned = state(done.edited("same", SEED)), state(done.checkpoint("straight", SEED))
+    for name, value in finetuned.items():
+        torch.testing.assert_close(edited[name], value, rtol=1e-6, atol=1e-6)
+    classifier = checkpoints.load(done.head("straight"), "head").tensors["head"]
+    images = checkpoints.load(done.images("straight", "test"), "images").tensors["images"]
+    predictions = []
+    for weights in (edited, finetuned):
+        tower = architecture(setting.model)
+        tower.load(weights)
+        with torch.inference_mode():
+            predictions.append((tower.features(images).cpu() @ classifier.T).argmax(1).tolist())
+    assert predictions[0] == predictions[1]
+    own = tables.read(done.evaluation("straight", SEED), tables.Evaluation)
+    edit = tables.read(done.evaluation("same", SEED), tables.Evaluation)
+    own = own[own["model"] == "finetuned"]
+    assert edit["correct"].tolist() == own["correct"].tolist()
+    assert edit["normalized"].tolist() == [1.0, 1.0]
+
+
+def test_an_edit_is_the_sum_of_its_vectors_at_the_chosen_coefficients(
+    setting: Params, done: Artifacts
+) -> None:
+    pretrained = state(done.pretrained())
+    straight, shifted = (
+        checkpoints.load(done.vector(task, SEED), "vector").tensors
+        for task in ("straight", "shifted")
+    )
+    for edit in ("both", "forget"):
+        found = checkpoints.load(done.edited(edit, SEED), "checkpoint")
+        c = found.metadata["coefficients"]
+        x, y = (c["a"], c["b"]) if edit == "both" else (-c["c"], 0.5)
+        for name, value in found.tensors.items():
+            expected = pretrained[name] + x * straight[name] + y * shifted[name]
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+        summary = json.loads(done.coefficients(edit, SEED).read_text())
+        assert {name: summary[f"coefficient.{name}"] for name in c} == c
+        table = tables.read(done.search_table(edit, SEED), tables.Search)
+        (row,) = table[table["chosen"]].to_dict("records")
+        assert {name: row[f"coefficient.{name}"] for name in c} == c
+        assert len(table) == (9 if edit == "both" else 3) == summary["evaluated"]
+
+
+def test_the_search_and_the_evaluation_of_its_choice_agree(done: Artifacts) -> None:
+    for edit, tasks in (("both", ["straight", "shifted"]), ("forget", ["straight", "shifted"])):
+        table = tables.read(done.search_table(edit, SEED), tables.Search)
+        (row,) = table[table["chosen"]].to_dict("records")
+        found = tables.read(done.evaluation(edit, SEED), tables.Evaluation)
+        for task in tasks:
+            place = (found["task"] == task) & (found["split"] == "validation")
+            assert found[place]["accuracy"].tolist() == [row[f"accuracy.{task}"]]
+
+
+def test_a_tasks_own_recipe_overrides_the_shared_one(done: Artifacts) -> None:
+    for task, rate in (("straight", 1e-2), ("shifted", 5e-3)):
+        curve = tables.read(done.training(task, SEED), tables.Training)
+        assert curve["step"].tolist() == [1, 2, 3, 4, 5]
+        assert curve["learning_rate"].max() == rate
+
+
+def test_progress_is_told_from_the_first_step_to_the_last(
+    setting: Params, fresh: Artifacts
+) -> None:
+    for stage, item, count in (("fine_tune", "straight", 5), ("search", "both", 9),
+                               ("evaluate", "straight", 4), ("evaluate", "both", 4)):  # fmt: skip
+        told: list[stages.Progress] = []
+        stages.run(stage, f"{item}-{SEED}", setting, fresh, told.append)
+        assert [(p["step"], p["steps"]) for p in told] == [(i + 1, count) for i in range(count)]
+
+
+def test_another_seed_gives_another_model_in_files_of_its_own(
+    setting: Params, fresh: Artifacts
+) -> None:
+    before = digests(fresh)
+    stages.run("fine_tune", "straight-4", setting, fresh, quiet)
+    after = digests(fresh)
+    assert {**after, **before} == after
+    assert set(after) - set(before) == {
+        "data/checkpoints/straight-4.safetensors",
+        "data/training/straight-4.csv",
+    }
+    other = state(fresh.checkpoint("straight", 4))
+    name = "visual.conv1.weight"
+    assert not torch.equal(other[name], state(fresh.checkpoint("straight", SEED))[name])
+
+
+# Files that do not fit
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> None:
+    """Change tensors and metadata of a file as another program could have written them."""
+    kind = checkpoints.read_header(path)["__metadata__"][checkpoints.METADATA_KEY]
+    loaded = checkpoints.load(path, json.loads(kind)["kind"])
+    tensors, metadata = dict(loaded.tensors), dict(loaded.metadata)
+    change(tensors, metadata)
+    metadata["fingerprint"] = checkpoints.fingerprint(tensors)
+    sealed = {**metadata, checkpoints.SEAL: checkpoints._seal(metadata)}
+    save_file(tensors, path, {checkpoints.METADATA_KEY: checkpoints._canonical(sealed)})
+
+
+def first(tensors: dict[str, Tensor]) -> str:
+    return next(name for name in sorted(tensors) if name.endswith("conv1.weight"))
+
+
+def another_origin(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    metadata["origin"] = "f" * 64
+
+
+def missing_tensor(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    del tensors[first(tensors)]
+
+
+def extra_tensor(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    tensors[f"{first(tensors)}er"] = torch.zeros(1)
+
+
+def another_shape(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    tensors[first(tensors)] = tensors[first(tensors)][1:]
+
+
+def another_dtype(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    tensors[first(tensors)] = tensors[first(tensors)].half()
+
+
+def not_a_number(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    tensors[first(tensors)][0] = float("nan")
+
+
+CHANGES = [
+    another_origin, missing_tensor, extra_tensor, another_shape, another_dtype, not_a_number,
+]  # fmt: skip
+
+
+def assert_refused(stage: str, item: str, setting: Params, artifacts: Artifacts) -> str:
+    """Check that a stage without outputs ends with exit code 3 and writes nothing."""
+    before = digests(artifacts)
+    with pytest.raises(TaskvecError) as caught:
+        stages.run(stage, item, setting, artifacts, quiet)
+    assert caught.value.exit_code == 3, caught.value
+    assert digests(artifacts) == before
+    assert not list(artifacts.root.rglob(".writing-*"))
+    return str(caught.value)
+
+
+def remove(*paths: Path) -> None:
+    for path in paths:
+        path.unlink()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_extract_refuses_a_checkpoint_that_does_not_fit(
+    change: Any, setting: Params, fresh: Artifacts
+) -> None:
+    remove(fresh.vector("straight", SEED))
+    rewrite(fresh.checkpoint("straight", SEED), change)
+    assert_refused("extract", f"straight-{SEED}", setting, fresh)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_search_refuses_a_basis_that_does_not_fit(
+    change: Any, setting: Params, fresh: Artifacts
+) -> None:
+    remove(fresh.search_table("both", SEED), fresh.coefficients("both", SEED))
+    remove(fresh.edited("both", SEED))
+    rewrite(fresh.basis("both", SEED), change)
+    assert_refused("search", f"both-{SEED}", setting, fresh)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["straight", "both"])
+def test_evaluate_refuses_a_model_that_does_not_fit(
+    name: str, change: Any, setting: Params, fresh: Artifacts
+) -> None:
+    remove(fresh.evaluation(name, SEED), fresh.metrics(name, SEED))
+    edited = name == "both"
+    rewrite(fresh.edited(name, SEED) if edited else fresh.checkpoint(name, SEED), change)
+    assert_refused("evaluate", f"{name}-{SEED}", setting, fresh)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_combine_refuses_vectors_that_do_not_fit_together(
+    change: Any, setting: Params, fresh: Artifacts
+) -> None:
+    remove(fresh.basis("forget", SEED), fresh.basis("both", SEED))
+    rewrite(fresh.vector("shifted", SEED), change)
+    assert_refused("combine", f"both-{SEED}", setting, fresh)
+    assert_refused("combine", f"forget-{SEED}", setting, fresh)
+
+
+@pytest.mark.parametrize("change", [c for c in CHANGES if c is not another_origin])
+def test_fine_tuning_refuses_pretrained_weights_that_do_not_fit(
+    change: Any, setting: Params, fresh: Artifacts
+) -> None:
+    remove(fresh.checkpoint("straight", SEED), fresh.training("straight", SEED))
+    rewrite(fresh.pretrained(), change)
+    assert_refused("fine_tune", f"straight-{SEED}", setting, fresh)
+
+
+def test_a_model_fine_tuned_from_other_weights_is_refused_everywhere(
+    raw: dict[str, Any], fresh: Artifacts, tmp_path: Path
+) -> None:
+    other = copy.deepcopy(raw)
+    options = write_tiny_weights(tmp_path / "other.safetensors", seed=1)
+    other["model"] = {"family": "open_clip", **options}
+    setting = params.validate(other)
+    stages.run("pretrain", "", setting, fresh, quiet)
+    for stage, item in (("extract", "straight"), ("search", "both"), ("evaluate", "straight"),
+                        ("evaluate", "both")):  # fmt: skip
+        message = assert_refused(stage, f"{item}-{SEED}", setting, fresh)
+        assert "starts from the pre-trained weights" in message
+
+
+def test_checkpoints_of_the_other_activation_are_refused(
+    raw: dict[str, Any], fresh: Artifacts
+) -> None:
+    other = copy.deepcopy(raw)
+    assert other["model"]["name"] == TINY
+    other["model"]["name"] = QUICK
+    setting = params.validate(other)
+    for stage, item in (("fine_tune", "straight"), ("search", "both"), ("evaluate", "both")):
+        message = assert_refused(stage, f"{item}-{SEED}", setting, fresh)
+        assert "'gelu'" in message and "'quickgelu'" in message
+
+
+def test_a_basis_with_other_coefficients_is_refused(raw: dict[str, Any], fresh: Artifacts) -> None:
+    other = copy.deepcopy(raw)
+    edit = other["edits"]["forget"]
+    edit["expression"] = "0.5 * shifted - d * straight"
+    edit["coefficients"] = {"d": edit["coefficients"]["c"]}
+    message = assert_refused("search", f"forget-{SEED}", params.validate(other), fresh)
+    assert "the basis has the coefficients c, the search d" in message
+
+
+@pytest.mark.parametrize(
+    ("stage", "item", "path"),
+    [
+        ("head", "shifted", Artifacts.pretrained),
+        ("fine_tune", "straight-3", lambda files: files.images("straight", "train")),
+        ("extract", "straight-3", lambda files: files.checkpoint("straight", 3)),
+        ("combine", "both-3", lambda files: files.vector("shifted", 3)),
+        ("search", "both-3", lambda files: files.evaluation("shifted", 3)),
+        ("evaluate", "both-3", lambda files: files.edited("both", 3)),
+    ],
+)
+def test_a_file_that_is_not_there_is_named(
+    stage: str,
+    item: str,
+    path: Callable[[Artifacts], Path],
+    setting: Params,
+    fresh: Artifacts,
+) -> None:
+    remove(path(fresh))
+    before = digests(fresh)
+    with pytest.raises(MissingArtifact, match=path(fresh).name) as caught:
+        stages.run(stage, item, setting, fresh, quiet)
+    assert caught.value.exit_code == 5
+    assert digests(fresh) == before
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_prepare_takes_the_picture_size_of_the_model(
+    size: int | None, raw: dict[str, Any], done: Artifacts, tmp_path: Path
+) -> None:
+    other = {**raw, "model": {**raw["model"], **({"image_size": size} if size else {})}}
+    artifacts = Artifacts(tmp_path)
+    stages.run("prepare", "straight", params.validate(other), artifacts, quiet)
+    path = artifacts.images("straight", "train")
+    assert path.read_bytes() == done.images("straight", "train").read_bytes()
+    assert checkpoints.load(path, "images").tensors["images"].shape == (24, 3, 16, 16)
