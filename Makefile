@@ -18,7 +18,7 @@ results: $(READY)  ## the default experiment over all seeds, into docs/results/ 
 	python docs/copy_results.py
 
 test: check  ## everything that CI runs
-	python -m pytest -q
+	python -m pytest -q --cov=taskvec --cov-report=term:skip-covered
 
 check: $(READY)  ## lint, types, import contracts, rendered files
 	ruff check .

@@ -38,7 +38,7 @@ from taskvec.towers import PREFIX, Tower
 
 EDIT = "addition"
 COEFFICIENT = 0.35
-REPETITIONS = 11
+REPETITIONS = 15
 TARGET = 1.1
 
 
@@ -174,7 +174,9 @@ class _Naive:
         self._tower = _tower(case)
         self._module = self._tower.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self._checkpoint = directory / "pretrained.pt"
-        torch.save({k.removeprefix(PREFIX): v for k, v in case.pretrained.items()}, self._checkpoint)
+        torch.save(
+            {k.removeprefix(PREFIX): v for k, v in case.pretrained.items()}, self._checkpoint
+        )
         self._files = {
             task: [_write(image, directory / f"{task}-{i}.png") for i, image in enumerate(images)]
             for task, (_, images, _) in case.data.items()

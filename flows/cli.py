@@ -123,7 +123,8 @@ def ui() -> None:
 def main() -> None:
     """Run the command line; errors become one message and an exit code."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except TaskvecError as error:
         _say(f"error: {error}")
         sys.exit(error.exit_code)

@@ -6,23 +6,23 @@ processes (flows/workers.py) as soon as their upstream is done, and records what
 """
 
 import asyncio
-import logging
 import os
 import platform
+import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flows.dag import Dag, Node
-from flows.servers import Prefect, running_prefect, started_prefect
+from flows.servers import mlflow_url, running_prefect, started_prefect
 from flows.tracking import StageRecord, Tracker
 from flows.workers import Slots, StageCrashed, StageFailed, Workers
 from tasks.stages import Progress
-from taskvec.errors import TaskvecError
+from taskvec.errors import Interrupted, TaskvecError
 
 RETRIES = 1
 FLUSH_SECONDS = 1.0
@@ -88,28 +88,45 @@ def run_flow(
     with ExitStack() as stack:
         # The server needs seconds; so do the fork server and MLflow, at the same time.
         server = running_prefect(root) or stack.enter_context(started_prefect(root, ui=False))
-        os.environ.update(server.environment)
+        os.environ.update({"PREFECT_LOGGING_LEVEL": "CRITICAL", **server.environment})
         tracker = Tracker(root, listener.note)
         run = Run(root, dag, stale, workers, tracker, listener)
+        stack.enter_context(_stopping(workers))
         status = "FAILED"
         try:
-            asyncio.run(_with_prefect(run, server))
+            asyncio.run(_with_prefect(run))
             failed = any(outcome.how in ("failed", "not run") for outcome in run.outcomes.values())
             status = "FAILED" if failed else "FINISHED"
         finally:
             dag.flush()
             tracker.close(status)
+    if workers.stopped:
+        raise Interrupted(workers.stopped)
     return [run.outcomes[node.address] for node in stale if node.address in run.outcomes]
 
 
-async def _with_prefect(run: Run, server: Prefect) -> None:
+@contextmanager
+def _stopping(workers: Workers) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM kill the running stages, so that the flow ends by itself."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda n, _: workers.stop(n)) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+async def _with_prefect(run: Run) -> None:
     """Import Prefect (only now: it takes a second) and run the flow."""
-    logging.getLogger("prefect").setLevel(logging.WARNING)
     from prefect import flow, task
     from prefect.artifacts import create_link_artifact, create_table_artifact
     from prefect.cache_policies import NO_CACHE
     from prefect.context import FlowRunContext, TaskRunContext
     from prefect.task_runners import ThreadPoolTaskRunner
+
+    # Asked before MLflow is imported, which sets the variable that this looks at.
+    mlflow = mlflow_url(run.root)
 
     def retry_crashes(task: Any, task_run: Any, state: Any) -> bool:
         error = state.result(raise_on_failure=False)
@@ -137,6 +154,7 @@ async def _with_prefect(run: Run, server: Prefect) -> None:
         log_prints=False,
     )
     async def edit_models(stages: list[str]) -> None:
+        del stages  # shown by Prefect as the parameter of the run
         context = FlowRunContext.get()
         flow_run = context.flow_run if context else None
         run.tracker.start(_run_tags(run, str(flow_run.id) if flow_run else ""))
@@ -152,11 +170,12 @@ async def _with_prefect(run: Run, server: Prefect) -> None:
         await create_table_artifact(  # type: ignore[misc]
             key="stages", table=_table(run), description="What became of each stage"
         )
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        if uri.startswith("http"):
-            await create_link_artifact(key="mlflow", link=uri, link_text="MLflow")  # type: ignore[misc]
+        if link := run.tracker.link(mlflow):
+            await create_link_artifact(  # type: ignore[misc]
+                key="mlflow", link=link, link_text="this run in MLflow"
+            )
         failed = [o for o in run.outcomes.values() if o.how == "failed"]
-        if failed:
+        if failed or run.workers.stopped:
             raise StageFailed(f"{len(failed)} stages failed: {', '.join(o.name for o in failed)}")
 
     try:
@@ -168,6 +187,8 @@ async def _with_prefect(run: Run, server: Prefect) -> None:
 def perform(run: Run, node: Node, prefect_task_run: str, *, last_attempt: bool) -> str:
     """Bring one stage up to date; return how. The body of a Prefect task."""
     with run.workers.slots.take(node.gpus) as devices:
+        if run.workers.stopped:
+            raise StageFailed(f"{node.name} was not started")
         return _perform(run, node, devices, prefect_task_run, last_attempt=last_attempt)
 
 

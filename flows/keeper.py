@@ -31,7 +31,7 @@ def _default_sigterm() -> None:
 
 
 def _end_with_input() -> None:
-    while sys.stdin.buffer.read(4096):
+    while os.read(0, 4096):  # not sys.stdin: its lock is held here when the interpreter ends
         pass
     _end_group()
 

@@ -105,7 +105,8 @@ def prefect_environment(root: Path, port: int, password: str) -> dict[str, str]:
         "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_API_URL": f"{url}/api",
-        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",  # failures are told by the flow itself, once
+        "PREFECT_LOGGING_TO_API_ENABLED": "false",
         "PREFECT_CLI_PROMPT": "false",
         "DO_NOT_TRACK": "1",
     }
@@ -156,12 +157,11 @@ def running_prefect(root: Path) -> Prefect | None:
                 "start it, or unset the variable to use a server of this run's own"
             )
         return Prefect({"PREFECT_API_URL": url})
-    try:
-        environment = json.loads(services_file(root).read_text())["prefect"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    environment = _services(root).get("prefect", {})
+    if "PREFECT_API_URL" not in environment:
         return None
     server = Prefect(environment)
-    headers = _authorization(environment["PREFECT_API_AUTH_STRING"])
+    headers = _authorization(environment.get("PREFECT_API_AUTH_STRING", ""))
     return server if answers(f"{server.url}/health", headers) else None
 
 
@@ -181,6 +181,12 @@ def started_prefect(root: Path, *, ui: bool, port: int = 0) -> Iterator[Prefect]
         stop(process)
 
 
+def mlflow_url(root: Path) -> str:
+    """Return the address of the MLflow UI, if there is one to link to; else an empty string."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return uri if uri.startswith("http") else _services(root).get("mlflow", {}).get("url", "")
+
+
 def services_file(root: Path) -> Path:
     """Where a running `taskvec ui` says how to reach it; readable by its owner only."""
     return root / ".taskvec" / "services.json"
@@ -193,6 +199,14 @@ def write_services(root: Path, services: Mapping[str, Mapping[str, str]]) -> Non
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump(services, file)
+
+
+def _services(root: Path) -> dict[str, dict[str, str]]:
+    try:
+        content = json.loads(services_file(root).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _authorization(password: str) -> dict[str, str]:

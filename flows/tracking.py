@@ -67,10 +67,11 @@ class Tracker:
         self._models: dict[str, str] = {}  # md5 -> LoggedModel
         self._broken = False
 
-    @property
-    def run_id(self) -> str:
-        """The parent run's id; empty until it exists."""
-        return self._parent
+    def link(self, server: str) -> str:
+        """Return the address of the parent run in an MLflow UI; empty if either does not exist."""
+        if not server or not self._parent:
+            return ""
+        return f"{server}/#/experiments/{self._experiment}/runs/{self._parent}"
 
     def start(self, tags: Mapping[str, str]) -> None:
         """Open the database and the parent run, on the tracking thread."""

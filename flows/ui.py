@@ -28,7 +28,10 @@ def serve(root: Path, say: Callable[[str], None]) -> None:
     try:
         with started_prefect(root, ui=True) as prefect:
             wait_for(f"http://127.0.0.1:{port}/health", mlflow, log, "the MLflow server")
-            write_services(root, {"prefect": prefect.environment})
+            write_services(
+                root,
+                {"prefect": prefect.environment, "mlflow": {"url": f"http://127.0.0.1:{port}"}},
+            )
             say(f"MLflow:  http://127.0.0.1:{port}")
             say(f"Prefect: {prefect.url.removesuffix('/api')}")
             say(f"         sign in with its PREFECT_API_AUTH_STRING in {services_file(root)}")

@@ -104,6 +104,8 @@ class Workers:
         self._logs = root / ".taskvec" / "logs"
         self._context = multiprocessing.get_context("forkserver")
         self._starting = threading.Lock()
+        self._running: set[Any] = set()
+        self.stopped = 0  # the signal that stopped the workers
 
     def start(self) -> None:
         """Start the fork server; it imports while the caller goes on."""
@@ -115,6 +117,12 @@ class Workers:
         self._context.set_forkserver_preload(["flows.warm"])
         with _without_main():
             forkserver.ensure_running()
+
+    def stop(self, signal_number: int) -> None:
+        """Kill all running stages and start no more."""
+        self.stopped = signal_number
+        for process in list(self._running):
+            process.kill()
 
     def run(self, node: Node, devices: list[str], emit: Callable[[Progress], None]) -> None:
         """Run one stage on the devices of its slot and wait for it.
@@ -133,13 +141,17 @@ class Workers:
         )
         with self._starting, _without_main():
             process.start()
+            self._running.add(process)
         theirs.close()
+        if self.stopped:  # meanwhile
+            process.kill()
         try:
             self._follow(node, process, ours, emit, log)
         finally:
             if process.is_alive():
                 process.kill()
             process.join()
+            self._running.discard(process)
             ours.close()
 
     def _follow(
@@ -160,6 +172,8 @@ class Workers:
                 kind, *content = pipe.recv()
             except EOFError:
                 process.join()
+                if self.stopped:
+                    raise StageFailed(f"{node.name} was stopped") from None
                 raise StageCrashed(
                     f"{node.name}: its process died with exit code {process.exitcode}{_tail(log)}"
                 ) from None

@@ -10,7 +10,8 @@ TaskvecError (1)
 ├── MissingDependency (3)       an optional package is not installed
 ├── MissingArtifact (5)         a file that a stage needs is not there
 ├── Busy (6)                    somebody else holds the checkout
-└── ServiceUnreachable (7)      a server that was asked for does not answer
+├── ServiceUnreachable (7)      a server that was asked for does not answer
+└── Interrupted (130, 143)      Ctrl-C or SIGTERM
 
 A message says what was found, what was expected and what to do.
 """
@@ -75,6 +76,14 @@ class ServiceUnreachable(TaskvecError):
     """A server does not answer."""
 
     exit_code = 7
+
+
+class Interrupted(TaskvecError):
+    """The user or the system asked the run to stop."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__("interrupted; the same command goes on where this stopped")
+        self.exit_code = 128 + signal_number
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -174,6 +174,19 @@ def test_a_killed_stage_is_tried_again(project: Project) -> None:
     assert done.stages("run") == {"fine_tune@digits-0", "fine_tune@faces-0"}
 
 
+def test_ctrl_c_stops_within_seconds_and_the_next_run_goes_on(project: Project) -> None:
+    project.replace("params.yaml", "{steps: 6,", "{steps: 80,")
+    driver = project.start("run", "fine_tune")
+    wait_until(lambda: stage_processes(driver.pid))
+    started = time.monotonic()
+    os.killpg(driver.pid, signal.SIGINT)
+    _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert "goes on where this stopped" in errors and "Traceback" not in errors
+    assert time.monotonic() - started < 15
+    assert project.taskvec("run", "fine_tune").code == 0
+
+
 def test_a_second_run_says_who_works_here(project: Project) -> None:
     project.replace("params.yaml", "{steps: 6,", "{steps: 60,")
     driver = project.start("run", "fine_tune")

@@ -32,13 +32,20 @@ COMMAND = re.compile(
 Content = dict[str, Any]
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """Return a directory with params.yaml, dvc.yaml and everything rendered."""
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with params.yaml, dvc.yaml and everything rendered; do not change it."""
+    root = tmp_path_factory.mktemp("pristine")
     for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    plan.write(tmp_path, params.load(tmp_path / "params.yaml"))
-    return tmp_path
+        shutil.copy(ROOT / name, root / name)
+    plan.write(root, params.load(root / "params.yaml"))
+    return root
+
+
+@pytest.fixture
+def checkout(pristine: Path, tmp_path: Path) -> Path:
+    """Return a copy of the rendered directory, to change at will."""
+    return Path(shutil.copytree(pristine, tmp_path / "checkout"))
 
 
 def source(root: Path = ROOT) -> Content:

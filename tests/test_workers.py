@@ -1,0 +1,301 @@
+"""Slots keep their law, and a stage's process reports, fails, crashes and ends as it should."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flows.dag import Node
+from flows.workers import Slots, check_command, find_slots
+from taskvec.errors import InvalidInput
+from tests.project import EXPERIMENT, ROOT
+
+# Slots
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    cpus=st.integers(1, 3),
+    devices=st.lists(st.sampled_from("0123"), unique=True, max_size=4),
+    wants=st.lists(st.integers(0, 3), max_size=30),
+)
+def test_no_more_run_at_once_than_there_are_slots_and_no_device_is_shared(
+    cpus: int, devices: list[str], wants: list[int]
+) -> None:
+    slots = Slots(cpus, devices)
+    lock = threading.Lock()
+    in_use: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+
+    def work(gpus: int) -> list[str]:
+        with slots.take(gpus) as mine:
+            with lock:
+                in_use.update(mine or ["cpu"])
+                for name, count in in_use.items():
+                    most[name] = max(most[name], count)
+            time.sleep(0.0005)
+            with lock:
+                in_use.subtract(mine or ["cpu"])
+            return mine
+
+    wants = [want for want in wants if not want > len(devices) > 0]
+    with ThreadPoolExecutor(8) as pool:
+        given_devices = list(pool.map(work, wants))
+    assert most["cpu"] <= cpus
+    assert all(most[device] <= 1 for device in devices)
+    for want, mine in zip(wants, given_devices, strict=True):
+        assert len(mine) == (want if devices else 0)
+        assert len(set(mine)) == len(mine)
+    assert slots.total == cpus + len(devices)
+
+
+def test_a_stage_waits_until_a_slot_is_free() -> None:
+    slots = Slots(1, ["3", "5"])
+    entered = threading.Event()
+
+    def wait_for_a_device() -> list[str]:
+        with slots.take(1) as devices:
+            entered.set()
+            return devices
+
+    with ThreadPoolExecutor(1) as pool:
+        with slots.take(2) as both:
+            assert both == ["3", "5"]
+            waiting = pool.submit(wait_for_a_device)
+            assert not entered.wait(0.2)
+            with slots.take(0) as none:  # the CPU slot is another matter
+                assert none == []
+        assert waiting.result(5) in (["3"], ["5"])
+
+
+def test_a_slot_is_free_again_after_an_error() -> None:
+    slots = Slots(1, ["0"])
+    for gpus in (0, 1):
+        for _ in range(3):
+            with pytest.raises(KeyError), slots.take(gpus):
+                raise KeyError
+
+
+def test_a_stage_that_wants_more_gpus_than_there_are_is_refused() -> None:
+    with (
+        pytest.raises(InvalidInput, match="wants 3 GPUs, there are 2"),
+        Slots(4, ["0", "1"]).take(3),
+    ):
+        pass
+    with Slots(1, []).take(3) as devices:  # without any GPU everything runs on the CPU
+        assert devices == []
+
+
+def test_the_visible_devices_are_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-1234")
+    assert find_slots(3).total == 5
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert find_slots(3).total == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert find_slots().total == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "", "python -m tasks", "python -m task combine a-0", "python -m tasks conbine a-0",
+        "python -m tasks combine a-0 b", "python3 -m tasks combine a-0", "rm -rf x y z",
+        "python -m tasks combine;rm a-0",
+    ],
+)  # fmt: skip
+def test_only_the_stages_of_tasks_are_run(command: str) -> None:
+    with pytest.raises(InvalidInput, match=r"is not `python -m tasks STAGE \[ITEM\]`"):
+        check_command(Node("some", "some", command, 0, 1.0, [], [], []))
+    check_command(Node("some", "some", "python -m tasks combine a-0", 0, 1.0, [], [], []))
+
+
+# Processes. The stage `combine` is replaced in a copy of the sources, all else is real.
+
+STAGE = """
+import os, signal, sys, time
+from pathlib import Path
+from taskvec.errors import MissingArtifact
+
+def combine(artifacts, *, edit, seed, expression, vectors, emit):
+    if seed == 1:
+        for step in range(1, 201):
+            emit({"step": step, "steps": 200, "loss": 1 / step})
+    elif seed == 2:
+        raise MissingArtifact("there is no vector")
+    elif seed == 3:
+        raise ValueError("a mistake in the code")
+    elif seed == 4:
+        print("first words\\n" * 100, "last words", sep="", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif seed == 5:
+        (artifacts.root / f"hangs-{os.getpid()}").touch()
+        time.sleep(600)
+    elif seed == 6:
+        names = {"device": "CUDA_VISIBLE_DEVICES", "threads": "OMP_NUM_THREADS"}
+        found = {word: float(os.environ[name]) for word, name in names.items()}
+        emit({"step": 1, "steps": 1, **found, "here": float(Path().samefile(artifacts.root))})
+    elif seed == 7:
+        os._exit(3)
+"""
+
+DRIVER = """
+import json, os, sys, threading, time
+from pathlib import Path
+open("driver_was_imported", "a").write("x")
+
+from flows.dag import Node
+from flows.workers import Slots, Workers
+
+def node(seed, timeout=60.0):
+    name = f"combine@both-{seed}"
+    return Node(name, name, f"python -m tasks combine both-{seed}", 0, timeout, [], [], [])
+
+def attempt(seed, timeout=60.0, devices=()):
+    events, began = [], time.monotonic()
+    try:
+        workers.run(node(seed, timeout), list(devices), events.append)
+        error = {}
+    except Exception as caught:
+        error = {"kind": type(caught).__name__, "words": str(caught),
+                 "code": getattr(caught, "exit_code", None)}
+    return {"events": events, "seconds": time.monotonic() - began, **error}
+
+workers = Workers(Path.cwd(), Slots(2, []))
+workers.start()
+if sys.argv[1] == "hang":
+    for seed in (5, 5):
+        threading.Thread(target=attempt, args=(seed,), daemon=True).start()
+    time.sleep(600)
+attempt(1)
+found = {
+    "steps": attempt(1), "error": attempt(2), "exception": attempt(3), "killed": attempt(4),
+    "late": attempt(5, timeout=1.0), "devices": attempt(6, devices=["7"]), "gone": attempt(7),
+}
+threads = [threading.Thread(target=attempt, args=(1,)) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+found["after"] = attempt(1)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the sources with another `combine`, and a driver."""
+    root = tmp_path_factory.mktemp("checkout")
+    for room in ("flows", "tasks", "taskvec"):
+        shutil.copytree(ROOT / room, root / room, ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "tasks/combine.py").write_text(STAGE)
+    (root / "driver.py").write_text(DRIVER)
+    nothing = '{"package": "x", "version": "1", "files": {}}'
+    text = EXPERIMENT.replace("SOURCE_DIGITS", nothing).replace("SOURCE_FACES", nothing)
+    (root / "params.yaml").write_text(text)
+    return root
+
+
+def start_driver(checkout: Path, what: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "driver.py", what],
+        cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def attempts(checkout: Path) -> dict[str, Any]:
+    """Return what a driver saw of stages that end in all ways."""
+    driver = start_driver(checkout, "attempts")
+    out, errors = driver.communicate(timeout=120)
+    assert driver.returncode == 0, errors
+    return dict(json.loads(out.splitlines()[-1]))
+
+
+def test_progress_arrives_completely_and_in_order(attempts: dict[str, Any]) -> None:
+    steps = attempts["steps"]
+    assert "kind" not in steps
+    assert [event["step"] for event in steps["events"]] == list(range(1, 201))
+    assert steps["events"][99]["loss"] == 0.01
+
+
+def test_an_error_of_a_stage_keeps_its_words_and_its_exit_code(attempts: dict[str, Any]) -> None:
+    error = attempts["error"]
+    assert (error["kind"], error["code"]) == ("StageFailed", 5)
+    assert error["words"] == "combine@both-2: there is no vector"
+
+
+def test_a_mistake_in_the_code_is_shown_with_its_traceback(attempts: dict[str, Any]) -> None:
+    error = attempts["exception"]
+    assert (error["kind"], error["code"]) == ("StageFailed", 1)
+    assert "ValueError: a mistake in the code" in error["words"]
+    assert "tasks/combine.py" in error["words"]
+
+
+def test_a_killed_process_is_a_crash_with_its_exit_code_and_last_words(
+    attempts: dict[str, Any],
+) -> None:
+    crash = attempts["killed"]
+    assert crash["kind"] == "StageCrashed"
+    assert "died with exit code -9" in crash["words"]
+    assert crash["words"].endswith("last words")
+    assert len(crash["words"].splitlines()) < 20
+    gone = attempts["gone"]
+    assert gone["kind"] == "StageCrashed"
+    assert "exit code 3" in gone["words"]
+
+
+def test_a_stage_is_killed_at_its_timeout(attempts: dict[str, Any], checkout: Path) -> None:
+    late = attempts["late"]
+    assert late["kind"] == "StageCrashed"
+    assert "ran longer than 1 s" in late["words"] and "meta.timeout" in late["words"]
+    assert 1.0 <= late["seconds"] < 5.0
+    (mark, *_) = checkout.glob("hangs-*")
+    assert not psutil.pid_exists(int(mark.name.removeprefix("hangs-")))
+
+
+def test_a_stage_sees_its_devices_one_thread_and_the_checkout(attempts: dict[str, Any]) -> None:
+    (event,) = attempts["devices"]["events"]
+    assert (event["device"], event["threads"], event["here"]) == (7.0, 1.0, 1.0)
+
+
+def test_stages_start_from_a_warm_process_which_never_imports_the_driver(
+    attempts: dict[str, Any], checkout: Path
+) -> None:
+    # Importing torch alone takes longer.
+    assert min(attempts[name]["seconds"] for name in ("steps", "error", "after")) < 0.7
+    assert set((checkout / "driver_was_imported").read_text()) == {"x"}
+    assert len((checkout / "driver_was_imported").read_text()) <= 2  # once a driver
+
+
+def test_nothing_survives_a_killed_driver(checkout: Path) -> None:
+    before = set(checkout.glob("hangs-*"))
+    driver = start_driver(checkout, "hang")
+    try:
+        deadline = time.monotonic() + 60
+        while len(set(checkout.glob("hangs-*")) - before) < 2:
+            assert driver.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        below = psutil.Process(driver.pid).children(recursive=True)
+        assert len(below) >= 3  # the fork server and two stages
+    finally:
+        driver.kill()
+        driver.communicate()
+    deadline = time.monotonic() + 3
+    while left := [process for process in below if is_alive(process)]:
+        assert time.monotonic() < deadline, [process.cmdline() for process in left]
+        time.sleep(0.05)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
