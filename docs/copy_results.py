@@ -1,4 +1,4 @@
-"""Copy docs/results/default.md into the README, between its two markers."""
+"""Copy the summary of docs/results/default.md into the README, between its two markers."""
 
 import sys
 from pathlib import Path
@@ -13,9 +13,10 @@ def with_results(readme: str, results: str) -> str:
     _, closed, tail = rest.partition(END)
     if not found or not closed:
         raise ValueError(f"the README must hold {BEGIN} and {END}")
-    body = "\n".join(line for line in results.splitlines() if not line.startswith("<!--"))
-    # Headings one level deeper: they stand inside a section of the README.
-    body = body.replace("\n#", "\n##").strip()
+    introduction = results.partition("# Results")[2].partition("## Summary")[0].strip()
+    summary = results.partition("## Summary")[2].partition("\n## ")[0].strip()
+    link = "All figures: [docs/results/default.md](docs/results/default.md)."
+    body = f"{introduction}\n\n{summary}\n\n{link}"
     return f"{head}{BEGIN}\n{body}\n{END}{tail}"
 
 

@@ -37,6 +37,8 @@ def render(runs: Sequence[Run], params: Params) -> str:
         "chosen on validation data. In brackets: 95 % intervals over the drawing of test items, "
         "or, beside a mean, the range over seeds. A seed decides the order of the batches; test "
         "items are the same for all seeds.",
+        "## Summary",
+        _summary(runs, params),
         "## Accuracy",
         _accuracy_table(runs, params),
         *(_learning_part(runs, name, edit) for name, edit in learning(params).items()),
@@ -50,6 +52,48 @@ def render(runs: Sequence[Run], params: Params) -> str:
         "than paired intervals. None covers the choice of the coefficient, the tasks or the seed.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _summary(runs: Sequence[Run], params: Params) -> str:
+    """Return one row an edit: what it is for, before and after, and what it kept."""
+    header = ["edit", "what", "pre-trained", "edited", *(f"seed {run.seed}" for run in runs)]
+    rows = []
+    for name, edit in params.edits.items():
+        target = edit.objective.tasks if edit.objective.minimize else edit.evaluate
+        several = len(target) > 1
+        what = "normalised accuracy, mean" if several else f"accuracy on {target[0]}"
+        before, after = (
+            [
+                (
+                    run.scores.normalized(model, target)
+                    if several
+                    else run.scores.accuracy(model, target[0])
+                )
+                for run in runs
+            ]
+            for model in ("pretrained", name)
+        )
+        rows.append(
+            [
+                f"`{_code(edit.expression)}`",
+                what,
+                *(_over_seeds([e.value for e in before]) or [percent(before[0].value)]),
+                *(_over_seeds([e.value for e in after]) or [percent(after[0].value)]),
+                *(_figure(estimate) for estimate in after),
+            ]
+        )
+        for task in edit.constraint.tasks if edit.constraint else ():
+            kept = [run.scores.kept(name, task) for run in runs]
+            rows.append(
+                [
+                    "",
+                    f"share kept on {task}",
+                    "",
+                    *(_over_seeds([e.value for e in kept]) or [percent(kept[0].value)]),
+                    *(_figure(share) for share in kept),
+                ]
+            )
+    return _markdown_table(header, rows, 2)
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:

@@ -128,6 +128,8 @@ import os, signal, sys, time
 from pathlib import Path
 from taskvec.errors import MissingArtifact
 
+BASIS, OFFSET = "basis", "offset"
+
 def combine(artifacts, *, edit, seed, expression, vectors, emit):
     if seed == 1:
         for step in range(1, 201):
