@@ -92,7 +92,7 @@ class Dag:
     """The graph of one checkout. Thread-safe: one lock guards the one `Repo`."""
 
     def __init__(self, root: Path) -> None:
-        """Load the graph below ``root``, the directory of dvc.yaml."""
+        """Load the graph below ``root``, the directory of dvc.yaml and the working directory."""
         self._root = root
         self._mutex = threading.RLock()
         self._entries: dict[str, dict[str, dict[str, Any]]] = {}  # lock file -> stage -> entry
@@ -125,7 +125,8 @@ class Dag:
             addresses = {self._address(stage) for stage in needed}
         else:
             addresses = set(self._main)
-        nodes = [self._node(address) for address in self.order if address in addresses]
+        with self._mutex:
+            nodes = [self._node(address) for address in self.order if address in addresses]
         stale = {node.address for node in nodes if node.reasons}
         for node in nodes:
             above = [self._stages[a].name for a in node.upstream if a in stale]

@@ -9,9 +9,10 @@ import pandas as pd
 from tasks.artifacts import Artifacts
 from tasks.inputs import architecture, checkpoint, head, images
 from tasks.stages import Emit
-from taskvec import pictures, tables
+from taskvec import pictures as drawing
+from taskvec import tables
 from taskvec.atomic import write_text
-from taskvec.metrics import count_correct, normalized_accuracy, ratio, wilson_interval
+from taskvec.metrics import Pictures, count_correct, normalized_accuracy, ratio, wilson_interval
 from taskvec.params import Model
 from taskvec.summaries import Estimate
 
@@ -45,11 +46,11 @@ def evaluate(
         for task in tasks or [name]:
             weights = head(artifacts, task)
             for split in ("validation", "test"):
-                shown, labels = images(artifacts, task, split)
-                correct = count_correct(tower, weights, shown, labels)
+                pictures = Pictures(tower, *images(artifacts, task, split))
+                correct = count_correct(tower, weights, pictures)
                 counts.append(
                     {"model": label, "seed": seed, "task": task, "split": split,
-                     "items": len(labels), "correct": correct, "chance": 1 / len(weights)}
+                     "items": len(pictures), "correct": correct, "chance": 1 / len(weights)}
                 )  # fmt: skip
                 emit({"step": len(counts), "steps": len(models) * len(tasks or [name]) * 2})
     known = _references(artifacts, tasks or [], seed)
@@ -94,7 +95,7 @@ def _references(artifacts: Artifacts, tasks: list[str], seed: int) -> list[pd.Da
 def _picture(table: pd.DataFrame) -> str:
     """Return test accuracies as bars, by task; an edit beside what it started from and aims at."""
     rows = [
-        pictures.Bar(
+        drawing.Bar(
             f"{row['task']}, {row['model']}",
             Estimate(row["accuracy"], row["low"], row["high"]),
             reference=row["model"] == "pretrained",
@@ -102,7 +103,7 @@ def _picture(table: pd.DataFrame) -> str:
         for _, group in table[table["split"] == "test"].groupby("task", sort=False)
         for row in group.to_dict("records")
     ]
-    return pictures.bars(rows, "evaluation", "accuracy on test data with 95 % intervals")
+    return drawing.bars(rows, "evaluation", "accuracy on test data with 95 % intervals")
 
 
 def _write_metrics(path: Path, table: pd.DataFrame, *, several: bool) -> None:

@@ -14,7 +14,7 @@ from taskvec import tables
 from taskvec.atomic import write_text
 from taskvec.checkpoints import Weights, load, save
 from taskvec.flat import FlatEditor
-from taskvec.metrics import count_correct, ratio
+from taskvec.metrics import Pictures, count_correct, ratio
 from taskvec.params import Constraint, Model, Objective, Range
 from taskvec.search import Candidate, Reference, decide, feasible, grid, objective_value
 
@@ -44,13 +44,16 @@ def search(
     )
     tasks = sorted({*objective.tasks, *(constraint.tasks if constraint else [])})
     references = {task: _reference(artifacts, task, seed) for task in tasks}
-    data = {task: (head(artifacts, task), *images(artifacts, task, "validation")) for task in tasks}
+    data = {
+        task: (head(artifacts, task), Pictures(tower, *images(artifacts, task, "validation")))
+        for task in tasks
+    }
     points = grid(ranges)
     candidates = []
     for number, coefficients in enumerate(points, start=1):
         editor.apply(coefficients)
         accuracy = {
-            task: count_correct(tower, *parts) / len(parts[2]) for task, parts in data.items()
+            task: count_correct(tower, *parts) / len(parts[1]) for task, parts in data.items()
         }
         candidates.append(Candidate(coefficients, accuracy))
         value = objective_value(candidates[-1], objective, references)
@@ -63,7 +66,7 @@ def search(
         "objective": float(table["objective"][chosen]),
         "feasible": bool(table["feasible"][chosen]),
         "evaluated": len(points),
-        "image_evaluations": len(points) * sum(len(parts[2]) for parts in data.values()),
+        "image_evaluations": len(points) * sum(len(parts[1]) for parts in data.values()),
     }
     text = json.dumps(summary, indent=2, sort_keys=True) + "\n"
     write_text(artifacts.coefficients(edit, seed), text)

@@ -98,7 +98,11 @@ class Tower:
 
     def features(self, images: Tensor) -> Tensor:
         """Return unit features (N, D) of uint8 pictures (N, 3, S, S)."""
-        return functional.normalize(self.module(self.normalize(images)), dim=-1)
+        return self.embed(self.normalize(images))
+
+    def embed(self, normalized: Tensor) -> Tensor:
+        """Return unit features (N, D) of pictures that `normalize` made."""
+        return functional.normalize(self.module(normalized), dim=-1)
 
 
 def default_device() -> torch.device:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from taskvec.heads import prototype_head
-from taskvec.metrics import BATCH, count_correct
+from taskvec.metrics import BATCH, Pictures, count_correct
 from taskvec.towers import Tower
 from tests.test_towers import NORMALIZATION, coloured, tiny_tower
 
@@ -46,7 +46,7 @@ def test_prototypes_classify_separable_pictures() -> None:
     colours = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     tower = Tower(colours, *NORMALIZATION, image_size=8, identity={})
     head = prototype_head(tower, *coloured(BATCH + 50), scale=20.0)
-    assert count_correct(tower, head, *coloured(60, seed=1)) == 60
+    assert count_correct(tower, head, Pictures(tower, *coloured(60, seed=1))) == 60
 
 
 def test_a_head_can_serve_in_training() -> None:

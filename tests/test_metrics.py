@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskvec.errors import InvalidData
-from taskvec.metrics import BATCH, count_correct, normalized_accuracy, ratio, wilson_interval
+from taskvec.metrics import (
+    BATCH,
+    Pictures,
+    count_correct,
+    normalized_accuracy,
+    ratio,
+    wilson_interval,
+)
 from tests.test_towers import coloured, tiny_tower
 
 law = settings(deadline=None)  # the first tensor of a process takes its time
@@ -84,7 +91,7 @@ def test_counting_is_the_same_as_asking_picture_by_picture(count: int) -> None:
             (feature,) = tower.features(image[None]).cpu()
         logits = [sum(a * b for a, b in zip(feature, row, strict=True)) for row in head]
         correct += logits.index(max(logits)) == label
-    assert count_correct(tower, head, images, labels) == correct
+    assert count_correct(tower, head, Pictures(tower, images, labels)) == correct
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -97,4 +104,17 @@ def test_a_model_that_answers_nan_is_refused_instead_of_counted(value: float, pl
     if place == "head" and value == float("inf"):
         broken[1, 0] = float("nan")
     with pytest.raises(InvalidData, match="NaN"):
-        count_correct(tower, head, images, labels)
+        count_correct(tower, head, Pictures(tower, images, labels))
+
+
+def test_pictures_that_do_not_fit_are_normalised_as_they_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tower, (images, labels) = tiny_tower(), coloured(BATCH + 5)
+    kept = Pictures(tower, images, labels)
+    monkeypatch.setattr("taskvec.metrics.KEPT_BYTES", 0)
+    passing = Pictures(tower, images, labels)
+    for _ in range(2):
+        for (a, la), (b, lb) in zip(kept, passing, strict=True):
+            assert torch.equal(a, b) and torch.equal(la, lb)
+    assert len(kept) == len(passing) == BATCH + 5
