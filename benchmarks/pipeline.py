@@ -66,7 +66,7 @@ class Rounds:
     edit: int
 
 
-FULL, QUICK = Rounds(stale=3, no_op=9, edit=5), Rounds(stale=1, no_op=2, edit=1)
+FULL, QUICK = Rounds(stale=1, no_op=9, edit=3), Rounds(stale=1, no_op=2, edit=1)
 
 
 class Checkout:

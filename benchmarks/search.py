@@ -74,10 +74,13 @@ class Case:
 def measure(*, quick: bool) -> str:
     """Return the section of docs/benchmarks.md; ``quick`` takes random weights and pictures."""
     load = os.getloadavg()[0]
-    # Where the allocator happens to put things moves a whole process by some percent.
-    processes, rounds = (1, 2) if quick else (PROCESSES, ROUNDS)
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        parts = [pool.apply(_measure_once, (quick, rounds)) for _ in range(processes)]
+    processes = 1 if quick else PROCESSES
+    if quick:
+        parts = [_measure_once(quick, rounds=2)]
+    else:
+        # Where the allocator happens to put things moves a whole process by some percent.
+        with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            parts = [pool.apply(_measure_once, (quick, ROUNDS)) for _ in range(processes)]
     counts = parts[0][0]
     times = {
         way: Times(tuple(second for _, part in parts for second in part[way].seconds))

@@ -76,12 +76,12 @@ class Node:
     @property
     def stage(self) -> str:
         """The name of the stage's module in tasks/."""
-        return self.command.split()[3]
+        return (self.command.split() + [""] * 4)[3]
 
     @property
     def item(self) -> str:
         """What the stage works on; may be empty."""
-        return (self.command.split() + [""])[4]
+        return (self.command.split() + [""] * 5)[4]
 
 
 class StageChanged(TaskvecError):
@@ -260,8 +260,7 @@ class Dag:
             return
         with self._locked():
             self._flushed = time.monotonic()
-            entries, self._entries = self._entries, {}
-            for path, fresh in entries.items():
+            for path, fresh in list(self._entries.items()):
                 text = load_yaml(path) if Path(path).is_file() else {}
                 stages = {**text.get("stages", {}), **fresh}
                 position = {self._stages[a].name: i for i, a in enumerate(self.order)}
@@ -271,6 +270,7 @@ class Dag:
                     Path(path),
                     dumps_yaml({"schema": "2.0", "stages": {n: stages[n] for n in ordered}}),
                 )
+                del self._entries[path]
 
     def repair(self) -> None:
         """Remove a truncated rwlock file, which a kill of any DVC command may leave.
@@ -322,7 +322,7 @@ class Dag:
         return Node(
             name=stage.name,
             address=address,
-            command=stage.cmd,
+            command=stage.cmd if isinstance(stage.cmd, str) else " && ".join(stage.cmd or []),
             gpus=int(meta.get("gpu", 0)),
             timeout=float(meta.get("timeout", 3600)),
             upstream=sorted(self._upstream(address)),
@@ -381,7 +381,10 @@ class Dag:
 
 def _names(stage: Stage) -> set[str]:
     """Return what a stage may be called: its module, its item and the item without the seed."""
-    _, _, _, name, *items = stage.cmd.split()
+    words = str(stage.cmd).split()
+    if words[:3] != ["python", "-m", "tasks"] or len(words) < 4:
+        return {stage.name}
+    _, _, _, name, *items = words
     return {name, *items, *(item.rpartition("-")[0] for item in items if "-" in item)}
 
 

@@ -18,8 +18,7 @@ Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 class Pictures:
     """Labelled pictures in batches, normalised once if they fit into memory, else as they come.
 
-    A search looks at the same pictures for every coefficient; normalising them again each time
-    would cost a quarter of the forward pass of a small model.
+    A search looks at the same pictures for every coefficient.
     """
 
     def __init__(self, tower: Tower, images: Tensor, labels: Tensor) -> None:

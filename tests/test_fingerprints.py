@@ -130,7 +130,7 @@ FILES = {
         search.dive = dive
     """,
 }
-SAMPLE = 25  # of the functions that stages call; another one in each run
+SAMPLE = 12  # of the functions that stages call; another one in each run
 COMBINE, SEARCH, BOTH, NONE = {"combine"}, {"search"}, {"combine", "search"}, set[str]()
 
 

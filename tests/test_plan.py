@@ -21,7 +21,8 @@ from taskvec.errors import InvalidInput, InvalidParams, StaleRendering, TaskvecE
 from taskvec.expressions import NAME
 from tests.project import ROOT
 
-RENDERED = ("code.yaml", "dvc.yaml", "edits/dvc.yaml", "results/dvc.yaml")
+GRAPHS = ("dvc.yaml", "edits/dvc.yaml", "results/dvc.yaml")
+RENDERED = ("code.yaml", *GRAPHS)
 COMMAND = re.compile(
     r"python -m tasks (prepare|head) \$\{item\}"
     r"|python -m tasks (fine_tune|extract|evaluate) \$\{item\.task\}-\$\{item\.seed\}"
@@ -52,11 +53,14 @@ def source(root: Path = ROOT) -> Content:
     return params.plain(params.read(root / "params.yaml"))  # type: ignore[no-any-return]
 
 
-def rendered(root: Path, content: Content) -> dict[str, Content]:
-    """Return the rendered files for other parameters, as data."""
-    texts = plan.render(root, params.validate(content))
+def rendered(root: Path, content: Content, *names: str) -> dict[str, Content]:
+    """Return rendered files for other parameters, as data; the fingerprints only if asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "code.yaml" not in names:
+            patch.setattr(plan, "code_fingerprints", lambda _: {})
+        texts = plan.render(root, params.validate(content))
     yaml = YAML(typ="safe", pure=True)
-    return {str(path.relative_to(root)): yaml.load(text) for path, text in texts.items()}
+    return {name: yaml.load(texts[root / name]) for name in names}
 
 
 def commands(files: dict[str, Content]) -> Iterator[str]:
@@ -146,9 +150,9 @@ def test_comments_and_hand_made_edits_of_dvc_yaml_survive(checkout: Path) -> Non
 
 def test_a_new_task_adds_its_own_entries_and_changes_no_other(checkout: Path) -> None:
     content = source()
-    before = rendered(checkout, content)
+    before = rendered(checkout, content, *RENDERED)
     content["tasks"]["novel"] = content["tasks"]["mnist"]
-    after = rendered(checkout, content)
+    after = rendered(checkout, content, *RENDERED)
     assert after["edits/dvc.yaml"] == before["edits/dvc.yaml"]
     stages_before, stages_after = before["dvc.yaml"]["stages"], after["dvc.yaml"]["stages"]
     names = [*before["dvc.yaml"]["stages"]["prepare"]["foreach"], "novel"]
@@ -174,9 +178,9 @@ def test_a_new_task_adds_its_own_entries_and_changes_no_other(checkout: Path) ->
 def test_a_new_edit_adds_exactly_its_three_stages_for_every_seed(checkout: Path) -> None:
     content = source()
     content["seeds"] = [0, 1, 5]
-    before = rendered(checkout, content)
+    before = rendered(checkout, content, *GRAPHS)
     content["edits"]["novel"] = content["edits"]["only_digits"]
-    after = rendered(checkout, content)
+    after = rendered(checkout, content, *GRAPHS)
     for name, seeds in (("edits/dvc.yaml", [0]), ("results/dvc.yaml", [1, 5])):
         old, new = before[name]["stages"], after[name]["stages"]
         added = {f"{s}-novel-{seed}" for s in ("combine", "search", "evaluate") for seed in seeds}
@@ -189,11 +193,11 @@ def test_a_new_edit_adds_exactly_its_three_stages_for_every_seed(checkout: Path)
 def test_another_seed_repeats_the_stages_from_fine_tuning_on(checkout: Path) -> None:
     content = source()
     content["seeds"] = [3]
-    one = rendered(checkout, content)
+    one = rendered(checkout, content, *GRAPHS)
     assert one["dvc.yaml"]["stages"]["fine_tune"]["matrix"]["seed"] == [3]
     assert set(one["results/dvc.yaml"]["stages"]) == {"report-results"}
     content["seeds"] = [3, 4]
-    two = rendered(checkout, content)
+    two = rendered(checkout, content, *GRAPHS)
     assert one["edits/dvc.yaml"] == two["edits/dvc.yaml"]
     more = two["results/dvc.yaml"]["stages"]
     assert more["fine_tune"]["matrix"]["seed"] == [4]
@@ -216,7 +220,7 @@ EDITS = {
 def test_an_edit_depends_on_exactly_what_it_reads(checkout: Path) -> None:
     content = source()
     content["edits"] = {"some": EDITS}
-    found = rendered(checkout, content)["edits/dvc.yaml"]["stages"]
+    found = rendered(checkout, content, "edits/dvc.yaml")["edits/dvc.yaml"]["stages"]
     assert set(found) == {"combine-some-0", "search-some-0", "evaluate-some-0"}
     combine, search, evaluate = found.values()
     # faces - faces cancels
@@ -254,10 +258,14 @@ def test_the_search_declares_the_keys_that_its_edit_has(checkout: Path) -> None:
     one = {"a": {"low": 0, "high": 1, "points": 2}}
     edit = {**EDITS, "expression": "a * mnist", "select": "largest", "coefficients": one}
     content["edits"] = {"some": edit}
-    search = rendered(checkout, content)["edits/dvc.yaml"]["stages"]["search-some-0"]
+    search = rendered(checkout, content, "edits/dvc.yaml")["edits/dvc.yaml"]["stages"][
+        "search-some-0"
+    ]
     assert "edits.some.select" in search["params"]
     del content["edits"]["some"]["select"], content["edits"]["some"]["constraint"]
-    search = rendered(checkout, content)["edits/dvc.yaml"]["stages"]["search-some-0"]
+    search = rendered(checkout, content, "edits/dvc.yaml")["edits/dvc.yaml"]["stages"][
+        "search-some-0"
+    ]
     assert not {"edits.some.select", "edits.some.constraint"} & set(map(str, search["params"]))
 
 
@@ -265,28 +273,17 @@ def test_align_tasks_decide_what_the_base_depends_on(checkout: Path) -> None:
     content = source()
     for chosen in (["faces", "mnist"], []):
         content["model"]["align_tasks"] = chosen
-        pretrain = rendered(checkout, content)["dvc.yaml"]["stages"]["pretrain"]
+        pretrain = rendered(checkout, content, "dvc.yaml")["dvc.yaml"]["stages"]["pretrain"]
         assert pretrain["deps"] == [f"data/prepared/{t}/alignment.safetensors" for t in chosen]
 
 
 def test_an_experiment_without_edits_renders(checkout: Path) -> None:
     content = source()
     content["edits"] = {}
-    assert rendered(checkout, content)["edits/dvc.yaml"] == {"stages": {}}
+    assert rendered(checkout, content, "edits/dvc.yaml")["edits/dvc.yaml"] == {"stages": {}}
 
 
-HOSTILE = (
-    "$(touch x)",
-    "`touch x`",
-    "; touch x",
-    "| x",
-    "&& x",
-    "> x",
-    "${item}",
-    "a\nb",
-    "'\"",
-    "x y",
-)
+HOSTILE = ("$(touch x)", "; touch x", "${item}", "a\nb", "'\"", "x y")
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -300,10 +297,10 @@ def test_no_string_of_the_parameters_reaches_a_command(checkout: Path, text: str
     places = list(string_places(content))
     assert len(places) > 80
     accepted = 0
-    for place in places[:: 1 if text == HOSTILE[0] else 3]:
+    for place in places[:: 1 if text == HOSTILE[0] else 5]:
         poisoned = replaced(content, place, text)
         try:
-            files = rendered_stages(checkout, params.validate(poisoned))
+            files = rendered(checkout, poisoned, *GRAPHS)
         except TaskvecError:
             continue
         accepted += 1
@@ -312,15 +309,6 @@ def test_no_string_of_the_parameters_reaches_a_command(checkout: Path, text: str
         for part in strings([list(file["stages"].values()) for file in files.values()]):
             assert text not in part or text == "${item}", (place, part)
     assert accepted  # class names and templates may hold anything
-
-
-def rendered_stages(root: Path, loaded: params.Params) -> dict[str, Content]:
-    """Return the rendered graphs without the costly fingerprints of the code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "code_fingerprints", lambda _: {})
-        texts = plan.render(root, loaded)
-    yaml = YAML(typ="safe", pure=True)
-    return {p.name + p.parent.name: yaml.load(t) for p, t in texts.items() if p.name == "dvc.yaml"}
 
 
 def string_places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -349,7 +337,7 @@ def replaced(content: Content, place: tuple[Any, ...], text: str) -> Content:
     return result
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     task=st.from_regex(re.compile(NAME, re.ASCII), fullmatch=True), seed=st.integers(0, 2**31 - 1)
 )
@@ -358,8 +346,8 @@ def test_any_name_is_the_same_text_after_rendering(task: str, seed: int) -> None
     content = {**source(), "seeds": [seed], "edits": {}}
     content["tasks"] = {task: content["tasks"]["mnist"]}
     content["model"]["align_tasks"] = [task]
-    files = rendered_stages(ROOT, params.validate(content))
-    assert files["dvc.yaml" + ROOT.name]["stages"]["prepare"]["foreach"] == [task]
+    files = rendered(ROOT, content, *GRAPHS)
+    assert files["dvc.yaml"]["stages"]["prepare"]["foreach"] == [task]
     assert all(COMMAND.fullmatch(command) for command in commands(files))
 
 
@@ -368,8 +356,8 @@ def test_words_that_mean_something_in_yaml_are_names_like_any_other(name: str) -
     content = {**source(), "edits": {}}
     content["tasks"] = {name: content["tasks"]["mnist"]}
     content["model"]["align_tasks"] = []
-    files = rendered_stages(ROOT, params.validate(content))
-    assert files["dvc.yaml" + ROOT.name]["stages"]["prepare"]["foreach"] == [name]
+    files = rendered(ROOT, content, *GRAPHS)
+    assert files["dvc.yaml"]["stages"]["prepare"]["foreach"] == [name]
 
 
 def test_a_missing_or_broken_dvc_yaml_is_one_line_with_its_place(checkout: Path) -> None:
