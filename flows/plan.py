@@ -27,6 +27,7 @@ from taskvec.atomic import write_text
 from taskvec.errors import InvalidInput, InvalidParams, StaleRendering, TaskvecError
 from taskvec.params import Params
 
+OVERLOOKED = ("nfiles", "size")  # by dvc.stage.cache
 SOURCES = Path(__file__).parents[1]
 PACKAGES = ("jinja2", "matplotlib", "pillow", "torch")
 ARITHMETIC = "taskvec.numeric:make_deterministic"  # decides the last bit of every stage
@@ -40,6 +41,7 @@ TIMEOUTS = {"combine": 600, "search": 14400, "evaluate": 3600}  # seconds
 
 def render(root: Path, params: Params) -> dict[Path, str]:
     """Return the text of every rendered file, by path."""
+    _refuse_overlooked(params.model_dump(), "")
     files = Artifacts(Path())
     stages = _load(root / "dvc.yaml")
     try:
@@ -129,6 +131,20 @@ def code_fingerprints(params: Params) -> dict[str, Any]:
 
 def _architecture(params: Params) -> str:
     return str(params.model.options.get("name", params.model.family))
+
+
+def _refuse_overlooked(value: Any, where: str) -> None:
+    """Raise InvalidParams for a key that DVC leaves out of its run cache's key, at any depth.
+
+    A change of its value would be answered with the outputs of the old one.
+    """
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if key in OVERLOOKED:
+            raise InvalidParams(
+                f"params.yaml: {where}{key}: DVC's run cache overlooks keys called "
+                f"{' and '.join(OVERLOOKED)}; choose another name"
+            )
+        _refuse_overlooked(item, f"{where}{key}.")
 
 
 def _fill_lists(stages: Any, params: Params, files: Artifacts) -> None:

@@ -93,6 +93,16 @@ def listing(root: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.parametrize("name", ["size", "nfiles"])
+def test_a_name_that_the_run_cache_overlooks_is_refused(checkout: Path, name: str) -> None:
+    content = source()
+    edit = {**content["edits"]["addition"], "expression": f"{name} * mnist"}
+    edit["coefficients"] = {name: {"low": 0, "high": 1, "points": 2}}
+    content["edits"] = {"some": edit}
+    with pytest.raises(InvalidParams, match=f"edits.some.coefficients.{name}"):
+        plan.render(checkout, params.validate(content))
+
+
 def test_the_committed_files_are_those_that_follow_from_their_sources() -> None:
     plan.check(ROOT, params.load(ROOT / "params.yaml"))
 
