@@ -1,15 +1,9 @@
-"""Weights on disk: safetensors, written atomically, checked before use.
+"""Weights as torch tensors: written to safetensors files atomically, checked before use.
 
-Every file carries one metadata key, ``taskvec``, that holds canonical JSON (with several keys
-safetensors files are not byte-deterministic): the kind of file, the fingerprint of its tensors,
-whatever the writer adds, such as the origin, and a seal over all of these. A fingerprint identifies
-tensors, not files: SHA-256 over the names, dtypes, shapes and bytes in the order of the names.
+What is in a file besides the tensors is said in `taskvec.headers`. Tensors that are tied (two names
+of one tensor) are stored once and come back tied.
 """
 
-import hashlib
-import json
-import re
-import struct
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,17 +15,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from taskvec import headers
 from taskvec.atomic import sync
 from taskvec.errors import IncompatibleWeights, MissingArtifact
+from taskvec.headers import METADATA_KEY, SEAL, TIED, read_header
 
 StateDict = Mapping[str, Tensor]
 
-METADATA_KEY = "taskvec"
-SEAL = "seal"
-MAX_HEADER_BYTES = 100_000_000
-MAX_TENSORS = 50_000
-MAX_RANK = 8
-TENSOR_NAME = re.compile(r"[A-Za-z0-9_.]{1,256}")
+CODES = {
+    torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64", torch.float32: "F32",
+    torch.int32: "I32", torch.uint32: "U32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int16: "I16", torch.uint16: "U16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,14 +44,28 @@ class Weights:
 
 
 def fingerprint(tensors: StateDict) -> str:
-    """Return the SHA-256 (hex) over names, dtypes, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
+    """Return the SHA-256 (hex) that identifies tensors: see `taskvec.headers`."""
+    twins = tied(tensors)
+    entries: list[tuple[str, str, tuple[int, ...], bytes]] = []
+    for name, tensor in tensors.items():
+        if name in twins:
+            entries.append((name, f"= {twins[name]}", (), b""))
+        else:
+            pieces = headers.piece_digests(_bytes(tensor))
+            entries.append((name, CODES[tensor.dtype], tuple(tensor.shape), pieces))
+    return headers.fingerprint(entries)
+
+
+def tied(tensors: StateDict) -> dict[str, str]:
+    """Return {name: first name} of the tensors that are the same memory under a second name."""
+    seen: dict[Any, str] = {}
+    twins = {}
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        label = f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n"
-        digest.update(label.encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
+        tensor = tensors[name]
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and seen.setdefault(place, name) != name:
+            twins[name] = seen[place]
+    return twins
 
 
 def save(path: Path, tensors: StateDict, kind: str, **metadata: Any) -> str:
@@ -74,18 +84,22 @@ def save(path: Path, tensors: StateDict, kind: str, **metadata: Any) -> str:
         IncompatibleWeights: a value is NaN or infinite, a name is malformed, or there are too many
             tensors or axes, or none.
     """
-    _check_count(len(tensors), path)
+    headers.check_count(len(tensors), path)
     for name, tensor in tensors.items():
-        _check_name(name, path)
-        _check_rank(name, tensor.ndim, path)
+        headers.check_name(name, path)
+        headers.check_rank(name, tensor.ndim, path)
         check_finite(name, tensor)
     mark = fingerprint(tensors)
     content = {"kind": kind, "fingerprint": mark, **metadata}
-    text = _canonical({**content, SEAL: _seal(content)})
+    twins = tied(tensors)
+    if twins:
+        content[TIED] = twins
+    text = headers.canonical({**content, SEAL: headers.seal(content)})
+    stored = {name: tensor for name, tensor in tensors.items() if name not in twins}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as directory:
         temporary = Path(directory) / path.name
-        save_file(_separate(tensors), temporary, metadata={METADATA_KEY: text})
+        save_file(_separate(stored), temporary, metadata={METADATA_KEY: text})
         temporary.chmod(0o644)
         sync(temporary)
         temporary.replace(path)
@@ -101,18 +115,28 @@ def load(path: Path, kind: str) -> Weights:
         IncompatibleWeights: the header is malformed, the kind differs, the bytes are not those
             that were written, or a value is NaN or infinite.
     """
-    metadata = _metadata(read_header(path), path)
+    metadata = headers.read_metadata(read_header(path), path)
+    check_kind(metadata, kind, path)
+    tensors = read_tensors(path)
+    tensors.update({name: tensors[twin] for name, twin in metadata.get(TIED, {}).items()})
+    check_fingerprint(fingerprint(tensors), metadata, path)
+    return Weights(tensors, metadata)
+
+
+def check_kind(metadata: Mapping[str, Any], kind: str, path: Path) -> None:
+    """Raise IncompatibleWeights unless a file is of a kind."""
     if metadata.get("kind") != kind:
         raise IncompatibleWeights(f"{path} holds a {metadata.get('kind')!r}, expected a {kind!r}")
-    tensors = read_tensors(path)
-    found = fingerprint(tensors)
+
+
+def check_fingerprint(found: str, metadata: Mapping[str, Any], path: Path) -> None:
+    """Raise IncompatibleWeights unless the tensors of a file are those that were written."""
     written = str(metadata.get("fingerprint"))
     if found != written:
         raise IncompatibleWeights(
             f"{path} is damaged: its tensors have the fingerprint {found[:12]}, its header says "
             f"{written[:12]}; delete the file and run `taskvec run`"
         )
-    return Weights(tensors, metadata)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -127,32 +151,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         check_finite(name, tensor)
     return tensors
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """Return the checked JSON header of a safetensors file without reading its tensors.
-
-    Stricter than the format: names, ranks and the number of tensors are bounded, and duplicates
-    and unknown fields, which the reader would accept in silence, are refused.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise IncompatibleWeights(f"{path} is no safetensors file, or it is cut short")
-            raw = file.read(length)
-    except FileNotFoundError:
-        raise MissingArtifact(f"{path} does not exist; `taskvec run` makes it") from None
-    if not raw.startswith(b"{"):
-        raise IncompatibleWeights(f"{path} is no safetensors file: its header is no JSON object")
-    try:
-        header = json.loads(raw, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise IncompatibleWeights(f"{path}: malformed header: {error}") from None
-    _check_header(header, path)
-    return dict(header)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -176,52 +174,13 @@ def _copied(name: str, tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
-def _check_header(header: dict[str, Any], path: Path) -> None:
-    metadata = header.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise IncompatibleWeights(f"{path}: the metadata must map strings to strings")
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    _check_count(len(tensors), path)
-    for name, entry in tensors.items():
-        _check_name(name, path)
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise IncompatibleWeights(f"{path}: tensor {name!r} has a malformed entry")
-        if not isinstance(entry["shape"], list):
-            raise IncompatibleWeights(f"{path}: tensor {name!r} has a malformed shape")
-        _check_rank(name, len(entry["shape"]), path)
-
-
-def _metadata(header: dict[str, Any], path: Path) -> dict[str, Any]:
-    text = header.get("__metadata__", {}).get(METADATA_KEY)
-    if text is None:
-        raise IncompatibleWeights(
-            f"{path} was not written by taskvec: it has no {METADATA_KEY!r} metadata; "
-            "name a plain checkpoint as model.pretrained in params.yaml instead"
-        )
-    try:
-        metadata = json.loads(text, object_pairs_hook=_unique)
-        intact = isinstance(metadata, dict) and metadata.pop(SEAL, None) == _seal(metadata)
-    except (ValueError, RecursionError):
-        intact = False
-    if not intact:
-        raise IncompatibleWeights(
-            f"{path} is damaged: its metadata are not those that were written; "
-            "delete the file and run `taskvec run`"
-        )
-    return dict(metadata)
-
-
-def _canonical(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    """Return a digest that finds damage in the metadata, as the fingerprint does in the tensors."""
-    return hashlib.sha256(_canonical(content).encode()).hexdigest()[:16]
+def _bytes(tensor: Tensor) -> Any:
+    plain = tensor.detach().cpu().contiguous()
+    return plain.view(-1).view(torch.uint8).numpy().data if plain.numel() else b""
 
 
 def _separate(tensors: StateDict) -> dict[str, Tensor]:
-    """Return contiguous tensors that share no memory: safetensors refuses tied ones."""
+    """Return contiguous tensors that share no memory: safetensors refuses others."""
     result: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name in sorted(tensors):
@@ -229,30 +188,4 @@ def _separate(tensors: StateDict) -> dict[str, Tensor]:
         memory = tensor.untyped_storage().data_ptr()
         result[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
-    return result
-
-
-def _check_count(count: int, path: Path) -> None:
-    if not 1 <= count <= MAX_TENSORS:
-        raise IncompatibleWeights(f"{path}: {count} tensors; expected 1 to {MAX_TENSORS}")
-
-
-def _check_rank(name: str, rank: int, path: Path) -> None:
-    if rank > MAX_RANK:
-        raise IncompatibleWeights(
-            f"{path}: tensor {name!r} has {rank} axes; expected at most {MAX_RANK}"
-        )
-
-
-def _check_name(name: str, path: Path) -> None:
-    if not TENSOR_NAME.fullmatch(name) or name == "__metadata__":
-        raise IncompatibleWeights(
-            f"{path}: tensor name {name[:80]!r}; expected 1 to 256 of A-Z a-z 0-9 _ and ."
-        )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key appears twice")
     return result

@@ -6,13 +6,18 @@ origin: the fingerprint of ``theta_pre``. Vectors of different origins do not mi
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from taskvec.checkpoints import StateDict, check_finite
+from taskvec.checkpoints import StateDict, check_finite, fingerprint, load, save, tied
 from taskvec.errors import IncompatibleWeights
+
+if TYPE_CHECKING:
+    from taskvec.lazy import Lazy
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,37 +38,45 @@ class TaskVector:
 
     @classmethod
     def between(
-        cls, pretrained: StateDict, finetuned: StateDict, origin: str, names: list[str]
+        cls,
+        pretrained: StateDict,
+        finetuned: StateDict,
+        origin: str = "",
+        names: list[str] | None = None,
     ) -> "TaskVector":
         """Return ``finetuned - pretrained`` over the parameters called ``names``.
 
         Everything else (frozen parameters, buffers) must be equal bit for bit: a difference there
-        would be dropped in silence.
+        would be dropped in silence. A tensor that has two names is in the vector once.
 
         Args:
             pretrained: name -> tensor.
             finetuned: name -> tensor; the same names, shapes and dtypes.
-            origin: fingerprint of ``pretrained``.
-            names: the edited parameters; floating dtypes.
+            origin: fingerprint of ``pretrained``; computed if it is left out.
+            names: the edited parameters; floating dtypes; default: all that are floating.
 
         Raises:
             IncompatibleWeights: names, shapes or dtypes differ, an edited tensor is not floating,
-                a frozen one has changed, or a value is NaN or infinite.
+                a frozen one has changed, a tensor is tied in only one checkpoint, or a value is
+                NaN or infinite.
 
         Source: arXiv:2212.04089, section 2.
         """
         check_alike(pretrained, finetuned, "the pre-trained checkpoint", "the fine-tuned one")
-        edited = frozenset(names)
-        unknown = edited - pretrained.keys()
+        if names is None:
+            names = [name for name, value in pretrained.items() if value.is_floating_point()]
+        unknown = set(names) - pretrained.keys()
         if unknown:
             raise IncompatibleWeights(
                 f"{len(unknown)} edited parameters are not in the checkpoint (first: "
                 f"{min(unknown)!r}); was it written by another model family?"
             )
+        twins = _same_ties(pretrained, finetuned)
+        edited = {twins.get(name, name) for name in names}
         _check_floating({name: pretrained[name] for name in edited}, "the checkpoint")
         moved = [
             name
-            for name in sorted(pretrained.keys() - edited)
+            for name in sorted(pretrained.keys() - edited - twins.keys())
             if not torch.equal(pretrained[name], finetuned[name])
         ]
         if moved:
@@ -74,14 +87,35 @@ class TaskVector:
         tensors = {name: finetuned[name].float() - pretrained[name].float() for name in edited}
         for name, tensor in tensors.items():
             check_finite(name, tensor)
-        return cls(tensors, origin)
+        return cls(tensors, origin or fingerprint(pretrained))
+
+    @classmethod
+    def load(cls, path: Path) -> "TaskVector":
+        """Return the vector in a file that taskvec wrote; see `taskvec.checkpoints.load`."""
+        loaded = load(path, "vector")
+        return cls(loaded.tensors, str(loaded.metadata["origin"]))
+
+    def save(self, path: Path, **metadata: Any) -> str:
+        """Write the vector and return its fingerprint; see `taskvec.checkpoints.save`."""
+        return save(path, self.tensors, "vector", origin=self.origin, **metadata)
+
+    @classmethod
+    def held(cls, tensors: Mapping[str, Any], origin: str) -> "TaskVector":
+        """Return a vector of numpy arrays, without a copy."""
+        return cls({name: torch.from_numpy(value) for name, value in tensors.items()}, origin)
+
+    def lazy(self) -> "Lazy":
+        """Return the vector as the merging methods take it, without a copy where it is float32."""
+        from taskvec.lazy import Held  # numpy only, but not needed for the algebra
+
+        return Held({n: value.detach().cpu().float().numpy() for n, value in self.tensors.items()})
 
     def apply(self, pretrained: StateDict, coefficient: float = 1.0) -> dict[str, Tensor]:
         """Return ``pretrained + coefficient * self``, each entry in its own dtype.
 
         Args:
             pretrained: name -> tensor, shapes as in this vector; left unchanged. Entries that the
-                vector does not edit are passed through.
+                vector does not edit are passed through, and tied entries stay tied.
             coefficient: lambda, no unit; the paper searches [0, 1] in steps of 0.05; negative
                 forgets.
 
@@ -93,12 +127,14 @@ class TaskVector:
         edited = {name: pretrained[name] for name in self.tensors if name in pretrained}
         check_alike(self.tensors, edited, "the vector", "the pre-trained weights", dtypes=False)
         _check_floating(edited, "the pre-trained weights")
-        return {
+        twins = tied(pretrained)
+        result = {
             name: (value.float() + coefficient * self.tensors[name]).to(value.dtype)
             if name in self.tensors
             else value
             for name, value in pretrained.items()
         }
+        return result | {name: result[twin] for name, twin in twins.items()}
 
     def dot(self, other: "TaskVector") -> float:
         """Return the inner product over all parameters, accumulated in float64."""
@@ -149,6 +185,17 @@ class TaskVector:
                 f"{other.origin[:12]}); fine-tune both from one checkpoint"
             )
         check_alike(self.tensors, other.tensors, "the left vector", "the right vector")
+
+
+def _same_ties(pretrained: StateDict, finetuned: StateDict) -> dict[str, str]:
+    before, after = tied(pretrained), tied(finetuned)
+    if before != after:
+        name = min(set(before.items()) ^ set(after.items()))[0]
+        raise IncompatibleWeights(
+            f"{name!r} is tied to another tensor in only one of the two checkpoints; store both in "
+            "one way"
+        )
+    return before
 
 
 def _check_floating(tensors: StateDict, where: str) -> None:
