@@ -1,4 +1,4 @@
-"""`taskvec`: run, status, trace, ui. Imports what a command needs and no more."""
+"""`taskvec`: the command line. Imports what a command needs and no more."""
 
 import json
 import sys
@@ -110,6 +110,61 @@ def trace(
 
     chain = tracing.trace(_root(), path)
     typer.echo(json.dumps(chain, indent=2) if as_json else tracing.render(chain))
+
+
+@app.command()
+def edit(
+    expression: Annotated[str, typer.Argument(help='Such as "c * ties(mnist, digits)"')],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write")],
+    at: Annotated[list[str] | None, typer.Option(help="A coefficient's value: c=0.4")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the vectors; default: the first")] = None,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Say how the model does")] = False,
+    task: Annotated[list[str] | None, typer.Option(help="Evaluate on; default: all tasks")] = None,
+    split: Annotated[str, typer.Option(help="validation or test")] = "validation",
+) -> None:
+    """Edit the model once, outside params.yaml; the file and MLflow say where it came from."""
+    from flows import editing
+
+    tasks = (task or []) if evaluate or task else None
+    editing.edit(_root(), expression, at or [], out, seed, tasks, split)
+
+
+@app.command()
+def similarity(
+    tasks: Annotated[list[str] | None, typer.Argument(help="Default: all tasks")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the vectors; default: the first")] = None,
+    plot: Annotated[Path | None, typer.Option(help="The page to write")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Print and draw the cosines of task vectors, whole and layer by layer."""
+    from flows import editing
+
+    editing.similarity(_root(), tasks or [], seed, plot, as_json)
+
+
+@app.command()
+def merge(
+    config: Annotated[Path, typer.Argument(help="A mergekit YAML file")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file, or a directory")],
+    fingerprints: Annotated[
+        bool, typer.Option("--fingerprints", help="Record digests of all inputs; reads them twice")
+    ] = False,
+) -> None:
+    """Merge checkpoints as a mergekit configuration says."""
+    from flows import editing
+
+    editing.merge(config, out, fingerprints)
+
+
+@app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(help="A .pt file of the paper's code")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write")],
+) -> None:
+    """Convert a pickled model of the paper's code, without executing anything in it."""
+    from flows import editing
+
+    editing.import_legacy(path, out)
 
 
 @app.command()

@@ -29,7 +29,7 @@ from taskvec.params import Params
 
 OVERLOOKED = ("nfiles", "size")  # by dvc.stage.cache
 SOURCES = Path(__file__).parents[1]
-PACKAGES = ("jinja2", "matplotlib", "pillow", "torch")
+PACKAGES = ("jinja2", "matplotlib", "numpy", "pillow", "torch")
 ARITHMETIC = "taskvec.numeric:make_deterministic"  # decides the last bit of every stage
 NOTE = "# Rendered from params.yaml and dvc.yaml by `python -m flows.plan`; do not edit.\n"
 CODE_NOTE = (
@@ -122,7 +122,13 @@ def code_fingerprints(params: Params) -> dict[str, Any]:
                 task: code.fingerprint([*own, f"taskvec.datasets.{item.data.dataset}"])
                 for task, item in params.tasks.items()
             }
-        elif stage in ("extract", "combine", "report"):
+        elif stage == "combine":
+            result[stage] = {
+                edit: code.fingerprint([*own, *(f"taskvec.merging.{m}:{m}" for m in methods)])
+                for edit in params.edits
+                for methods in [params.parse(edit).methods]
+            }
+        elif stage in ("extract", "report"):
             result[stage] = code.fingerprint(own)
         else:
             result[stage] = code.fingerprint([*own, family])
@@ -253,8 +259,13 @@ def _stage(
     keys: list[Any] = [f"edits.{edit}.{key}" for key in params]
     if stage != "combine":
         keys.append("model")
-    packages = ["packages.torch", *["packages.matplotlib"] * (stage == "evaluate")]
-    keys.append({"code.yaml": ["python", *packages, stage]})
+    packages = {
+        "combine": ["packages.numpy", "packages.torch"],
+        "search": ["packages.numpy", "packages.torch"],
+        "evaluate": ["packages.torch", "packages.matplotlib"],
+    }[stage]
+    digest = f"combine.{edit}" if stage == "combine" else stage
+    keys.append({"code.yaml": ["python", *packages, digest]})
     block: dict[str, Any] = {
         "wdir": "..",
         "cmd": f"python -m tasks {stage} {edit}-{seed}",

@@ -1,12 +1,14 @@
 """Where a file came from, read from DVC's lock files and MLflow's record."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flows.dag import Dag
 from flows.tracking import runs_by_output
-from taskvec.errors import MissingArtifact
+from taskvec import headers
+from taskvec.errors import IncompatibleWeights, MissingArtifact
 
 
 def trace(root: Path, path: Path) -> dict[str, Any]:
@@ -14,7 +16,8 @@ def trace(root: Path, path: Path) -> dict[str, Any]:
 
     Args:
         root: the checkout.
-        path: an output of some stage, absolute or relative to the working directory.
+        path: an output of some stage, or a model that `taskvec edit` wrote anywhere; absolute or
+            relative to the working directory.
 
     Raises:
         MissingArtifact: no stage is recorded to have made it.
@@ -22,13 +25,15 @@ def trace(root: Path, path: Path) -> dict[str, Any]:
     name = os.path.relpath(path.absolute(), root)
     entries = Dag(root).entries()
     makers = {out["path"]: address for address, entry in entries.items() for out in entry["outs"]}
-    if name not in makers:
-        raise MissingArtifact(
-            f"no recorded stage made {name}; name an output of a stage, such as "
-            f"{min(makers, default='data/reports/index.html after `taskvec run`')}"
-        )
     runs = runs_by_output(root)
-    chain, queue, seen = [], [makers[name]], {makers[name]}
+    if name in makers:
+        chain, queue = [], [makers[name]]
+        mark = {"md5": _md5(entries[makers[name]], name)}
+    else:
+        link, inputs, found = _ad_hoc(root, path, makers)
+        chain, queue = [link], sorted({makers[item] for item in inputs})
+        mark = {"fingerprint": found}
+    seen = set(queue)
     while queue:
         address = queue.pop(0)
         entry = entries[address]
@@ -38,12 +43,55 @@ def trace(root: Path, path: Path) -> dict[str, Any]:
             if maker and maker not in seen:
                 seen.add(maker)
                 queue.append(maker)
-    return {"path": name, "md5": _md5(entries[makers[name]], name), "chain": chain}
+    return {"path": name, **mark, "chain": chain}
+
+
+def _ad_hoc(
+    root: Path, path: Path, makers: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str], str]:
+    """Return the link of a file that no stage made, its inputs that stages made, its fingerprint.
+
+    Raises:
+        MissingArtifact: it is not there, or nothing tells where it came from.
+    """
+    metadata = _stated(path)
+    if "operands" not in metadata:
+        raise MissingArtifact(
+            f"no recorded stage made {path}, and it has no header of taskvec; name an output of a "
+            f"stage, such as {min(makers, default='data/reports/index.html after `taskvec run`')}"
+        )
+    wanted = {"origin": metadata["origin"], **metadata["operands"]}
+    made = {
+        _stated(root / name).get("fingerprint"): name
+        for name in makers
+        if name.endswith(".safetensors")
+    }
+    inputs = {made.get(mark, f"{name} (not here)"): mark for name, mark in wanted.items()}
+    link = {
+        "stage": f"taskvec edit {metadata['digest'][:12]}",
+        "command": f"taskvec edit {metadata['expression']!r}",
+        "inputs": inputs,
+        "outputs": {path.name: metadata["fingerprint"]},
+        "parameters": {
+            key: metadata[key] for key in ("expression", "coefficients", "seed") if key in metadata
+        },
+        "run": {},
+    }
+    return link, [name for name in inputs if name in makers], str(metadata["fingerprint"])
+
+
+def _stated(path: Path) -> dict[str, Any]:
+    """Return what a weights file states of itself; nothing if it is no file of taskvec."""
+    try:
+        return headers.read_metadata(headers.read_header(path), path)
+    except (IncompatibleWeights, MissingArtifact, OSError):
+        return {}
 
 
 def render(chain: dict[str, Any]) -> str:
     """Return a trace as indented text."""
-    lines = [f"{chain['path']}  md5 {chain['md5']}"]
+    kind = "md5" if "md5" in chain else "fingerprint"
+    lines = [f"{chain['path']}  {kind} {chain[kind]}"]
     for link in chain["chain"]:
         lines.append(f"\n{link['stage']}")
         for kind in ("inputs", "outputs"):

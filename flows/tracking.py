@@ -23,6 +23,7 @@ from typing import Any
 from filelock import FileLock
 
 from flows.dag import Node
+from taskvec import headers
 
 EXPERIMENT = "taskvec"
 MODEL_TYPES = {"checkpoints": "checkpoint", "vectors": "task vector", "edits": "edited model"}
@@ -92,6 +93,16 @@ class Tracker:
     ) -> None:
         """Close the child run of a stage: FINISHED or FAILED, with the digests of its files."""
         self._queue.put(lambda: self._end(address, status, dict(outs), dict(inputs)))
+
+    def edited(self, path: Path, parents: list[str], metrics: Mapping[str, float]) -> None:
+        """Record a model that was made outside the graph on the parent run.
+
+        Args:
+            path: the file; its header says what it was made of.
+            parents: fingerprints of the weights that it was made of.
+            metrics: how it does.
+        """
+        self._queue.put(lambda: self._edited(path, parents, dict(metrics)))
 
     def close(self, status: str) -> None:
         """Close the parent run and wait for the thread, at most a minute."""
@@ -177,15 +188,17 @@ class Tracker:
 
     def _log_files(self, run: str, outs: dict[str, str]) -> None:
         """Log small outputs: metrics as metrics, tables and pages as artifacts."""
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric, Param
 
         now = int(time.time() * 1000)
         for name in sorted(outs):
             path = self._root / name
             if path.suffix == ".json":
                 values = json.loads(path.read_text())
-                metrics = [Metric(k, float(v), now, 0) for k, v in values.items()]
-                self._client.log_batch(run, metrics=metrics)
+                texts = {k: v for k, v in values.items() if isinstance(v, str)}
+                metrics = [Metric(k, float(v), now, 0) for k, v in values.items() if k not in texts]
+                params = [Param(_key(k), v) for k, v in texts.items()]  # a chosen option
+                self._client.log_batch(run, metrics=metrics, params=params)
             if path.suffix in (".json", ".csv", ".html", ".md", ".svg", ".png"):
                 self._client.log_artifact(run, str(path))
 
@@ -214,14 +227,43 @@ class Tracker:
             self._models[md5] = logged.model_id
             self._client.log_outputs(run, models=[LoggedModelOutput(logged.model_id, 0)])
 
+    def _edited(self, path: Path, parents: list[str], metrics: dict[str, float]) -> None:
+        import mlflow
+        from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric
+
+        tags = _header_tags(path)
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            self._parent, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()]
+        )
+        for key, value in tags.items():
+            self._client.set_tag(self._parent, key, value[:5000])
+        found = [model for mark in parents if (model := self._search("taskvec.fingerprint", mark))]
+        if found:
+            models = [LoggedModelInput(model) for model in found]
+            self._client.log_inputs(self._parent, models=models)
+        inside = path.absolute().is_relative_to(self._root)
+        place = path.absolute().relative_to(self._root) if inside else path.absolute()
+        logged = mlflow.create_external_model(
+            name=f"edit-{tags['taskvec.digest'][:12]}",
+            source_run_id=self._parent,
+            tags={"path": str(place), **tags},
+            model_type=MODEL_TYPES["edits"],
+            experiment_id=self._experiment,
+        )
+        self._client.log_outputs(self._parent, models=[LoggedModelOutput(logged.model_id, 0)])
+
     def _model(self, md5: str) -> str:
         """Return the LoggedModel of a file, also from an earlier run; empty if there is none."""
         if md5 not in self._models:
-            found = self._client.search_logged_models(
-                [self._experiment], filter_string=f"tags.`dvc.md5` = '{md5}'", max_results=1
-            )
-            self._models[md5] = found[0].model_id if found else ""
+            self._models[md5] = self._search("dvc.md5", md5)
         return self._models[md5]
+
+    def _search(self, tag: str, value: str) -> str:
+        found = self._client.search_logged_models(
+            [self._experiment], filter_string=f"tags.`{tag}` = '{value}'", max_results=1
+        )
+        return str(found[0].model_id) if found else ""
 
 
 def runs_by_output(root: Path) -> dict[str, dict[str, str]]:
@@ -281,15 +323,12 @@ def _model_type(name: str) -> str:
 
 
 def _header_tags(path: Path) -> dict[str, str]:
-    """Return the fingerprint and the origin that a weights file states in its header."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    metadata = json.loads(header.get("__metadata__", {}).get("taskvec", "{}"))
+    """Return what a weights file states of itself in its header."""
+    metadata = headers.read_metadata(headers.read_header(path), path)
     return {
         f"taskvec.{key}": str(metadata[key])
-        for key in ("fingerprint", "origin", "expression", "coefficients")
-        if key in metadata
+        for key in ("fingerprint", "origin", "expression", "digest", "coefficients", "choice")
+        if metadata.get(key)
     }
 
 

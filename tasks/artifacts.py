@@ -75,6 +75,10 @@ class Artifacts:
         """The test accuracies of the same table as a picture."""
         return self.data / "evaluations" / f"{name}-{seed}.svg"
 
+    def similarity(self, seed: int) -> Path:
+        """The page that shows how alike the task vectors are; no stage makes it."""
+        return self.data / "pages" / f"similarity-{seed}.html"
+
     def report(self) -> Path:
         """The page that shows the experiment."""
         return self.data / "reports" / "index.html"

@@ -2,64 +2,76 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from tasks.artifacts import Artifacts
-from tasks.inputs import check_origin
+from tasks.inputs import check_origin, mapped
 from tasks.stages import Emit
-from taskvec.checkpoints import Weights, load, save
+from taskvec import streaming
+from taskvec.edits import evaluate
+from taskvec.errors import IncompatibleWeights
 from taskvec.expressions import names, parse
-from taskvec.merging.task_arithmetic import task_arithmetic
-from taskvec.vectors import TaskVector, check_alike
+from taskvec.lazy import Lazy, check_shapes
+from taskvec.mapped import Mapped, StoredVector
 
-BASIS, OFFSET = "basis", "offset"
+OFFSET = "offset"
+
+
+def basis_prefix(alternative: int, coefficient: str) -> str:
+    """Return what stands before the names of the parameters that a coefficient scales."""
+    return f"{alternative}.basis.{coefficient}."
+
+
+def offset_prefix(alternative: int) -> str:
+    """Return what stands before the names of the parameters of the coefficient-free part."""
+    return f"{alternative}.{OFFSET}."
 
 
 def combine(
     artifacts: Artifacts, *, edit: str, seed: int, expression: str, vectors: list[str], emit: Emit
 ) -> None:
-    """Write ``basis.COEFFICIENT.PARAMETER`` and, if there is one, ``offset.PARAMETER``.
+    """Write one vector a coefficient and, if there is one, the coefficient-free part.
 
     The edited model is ``theta_0 + offset + sum_k c_k * basis_k`` for any coefficients, so a
-    coefficient's range may change without this stage.
+    coefficient's range may change without this stage. Options with several values give several
+    alternatives, each with its own vectors.
     """
-    del emit
     coefficients = [name for name in names(expression) if name not in vectors]
     recipe = parse(expression, vectors, coefficients)
-    loaded = {name: load(artifacts.vector(name, seed), "vector") for name in recipe.vectors}
-    _check_one_origin(loaded)
-    operands = {
-        name: TaskVector(item.tensors, item.metadata["origin"]) for name, item in loaded.items()
-    }
-    tensors = {}
-    for coefficient, weights in recipe.basis.items():
-        tensors.update(_prefixed(f"{BASIS}.{coefficient}", operands, weights))
-    if recipe.offset:
-        tensors.update(_prefixed(OFFSET, operands, recipe.offset))
+    loaded = {name: mapped(artifacts.vector(name, seed), "vector") for name in recipe.vectors}
     first = loaded[recipe.vectors[0]].metadata
-    save(
+    operands = stored_vectors(loaded)
+    parts: dict[str, Lazy] = {}
+    alternatives = recipe.alternatives()
+    for number, alternative in enumerate(alternatives):
+        for coefficient, sum_ in alternative.basis.items():
+            parts[basis_prefix(number, coefficient)] = evaluate(sum_, operands)
+        if alternative.offset:
+            parts[offset_prefix(number)] = evaluate(alternative.offset, operands)
+    streaming.write_vectors(
         artifacts.basis(edit, seed),
-        tensors,
+        parts,
         kind="basis",
+        progress=lambda done, total: emit({"step": done, "steps": total}),
         coefficients=list(recipe.coefficients),
-        expression=expression,
+        choices=[dict(alternative.choice) for alternative in alternatives],
+        digest=recipe.digest,
+        expression=str(recipe),
         identity=first["identity"],
         operands={name: item.fingerprint for name, item in loaded.items()},
         origin=first["origin"],
-        method="task_arithmetic",
     )
 
 
-def _check_one_origin(loaded: Mapping[str, Weights]) -> None:
-    """Raise IncompatibleWeights unless all vectors fit, also those of different coefficients."""
-    one, first = next(iter(loaded.items()))
+def stored_vectors(loaded: Mapping[str, Mapped]) -> dict[str, Lazy]:
+    """Return opened vectors as operands; all must start from one origin and fit one another."""
+    first = next(iter(loaded.values()))
     for name, item in loaded.items():
         check_origin(item, str(first.metadata["origin"]), f"the vector of {name}")
-        check_alike(first.tensors, item.tensors, f"the vector of {one}", f"the vector of {name}")
-
-
-def _prefixed(
-    prefix: str, operands: Mapping[str, TaskVector], weights: Mapping[str, float]
-) -> dict[str, Tensor]:
-    total = task_arithmetic(operands, weights)
-    return {f"{prefix}.{name}": value for name, value in total.tensors.items()}
+        wrong = [key for key, tensor in item.tensors.items() if tensor.dtype != "F32"]
+        if wrong:
+            raise IncompatibleWeights(
+                f"{wrong[0]!r} of the vector of {name} is {item.tensors[wrong[0]].dtype}; vectors "
+                "are float32: delete the file and run `taskvec run`"
+            )
+    operands: dict[str, Lazy] = {name: StoredVector(item) for name, item in loaded.items()}
+    check_shapes(list(operands.values()))
+    return operands

@@ -15,6 +15,7 @@ from taskvec.atomic import write_text
 from taskvec.metrics import Pictures, count_correct, normalized_accuracy, ratio, wilson_interval
 from taskvec.params import Model
 from taskvec.summaries import Estimate
+from taskvec.towers import Tower
 
 
 def evaluate(
@@ -44,20 +45,26 @@ def evaluate(
         origin = "" if label == "pretrained" else pretrained.fingerprint
         tower.load(checkpoint(path, tower, origin).tensors)
         for task in tasks or [name]:
-            weights = head(artifacts, task)
             for split in ("validation", "test"):
-                pictures = Pictures(tower, *images(artifacts, task, split))
-                correct = count_correct(tower, weights, pictures)
-                counts.append(
-                    {"model": label, "seed": seed, "task": task, "split": split,
-                     "items": len(pictures), "correct": correct, "chance": 1 / len(weights)}
-                )  # fmt: skip
+                counted = evaluated(artifacts, tower, task, split)
+                counts.append({"model": label, "seed": seed, **counted})
                 emit({"step": len(counts), "steps": len(models) * len(tasks or [name]) * 2})
     known = _references(artifacts, tasks or [], seed)
     table = _with_shares(pd.DataFrame(counts), known)
     tables.write(artifacts.evaluation(name, seed), table, tables.Evaluation)
     write_text(artifacts.figure(name, seed), _picture(pd.concat([*known, table])))
     _write_metrics(artifacts.metrics(name, seed), table, several=tasks is not None)
+
+
+def evaluated(artifacts: Artifacts, tower: Tower, task: str, split: str) -> dict[str, object]:
+    """Return how many items of a task's split the tower gets right, of how many."""
+    weights = head(artifacts, task)
+    pictures = Pictures(tower, *images(artifacts, task, split))
+    correct = count_correct(tower, weights, pictures)
+    return {
+        "task": task, "split": split, "items": len(pictures), "correct": correct,
+        "chance": 1 / len(weights),
+    }  # fmt: skip
 
 
 def _with_shares(table: pd.DataFrame, known: list[pd.DataFrame]) -> pd.DataFrame:

@@ -10,11 +10,13 @@ from typing import Any
 import pandas as pd
 
 from tasks.artifacts import Artifacts
-from taskvec import checkpoints, summaries, tables
+from tasks.inputs import mapped
+from taskvec import similarity, summaries, tables
 from taskvec.errors import MissingArtifact
+from taskvec.lazy import Lazy
+from taskvec.mapped import StoredVector
 from taskvec.params import EditParams, Params
 from taskvec.summaries import Estimate, Gain, Gains, Scores
-from taskvec.vectors import TaskVector
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,22 @@ class Run:
     parameters: int
 
     def coefficients(self, edit: str) -> str:
-        """Return the chosen coefficients as text: ``c = 0.5``."""
-        found = sorted(self.chosen[edit].items())
-        prefix = "coefficient."
-        return ", ".join(
-            f"{name.removeprefix(prefix)} = {value:g}"
-            for name, value in found
-            if name.startswith(prefix)
-        )
+        """Return the chosen coefficients, and options, as text: ``c = 0.5, ties.density = 0.2``."""
+        found = []
+        for prefix in ("coefficient.", "option."):
+            for name, value in sorted(self.chosen[edit].items()):
+                if name.startswith(prefix):
+                    text = f"{value:g}" if isinstance(value, float) else str(value)
+                    found.append(f"{name.removeprefix(prefix)} = {text}")
+        return ", ".join(found)
+
+    def chosen_search(self, edit: str) -> pd.DataFrame:
+        """Return the part of a search that has the chosen options: what a figure can show."""
+        table = self.searches[edit]
+        for column in [name for name in table if str(name).startswith("option.")]:
+            value = table[column][table["chosen"]].iloc[0]
+            table = table[table[column] == value]
+        return table
 
 
 def gather(artifacts: Artifacts, params: Params, seed: int) -> Run:
@@ -54,10 +64,9 @@ def gather(artifacts: Artifacts, params: Params, seed: int) -> Run:
         tables.read(artifacts.evaluation(name, seed), tables.Evaluation)
         for name in (*params.tasks, *params.edits)
     ]
-    vectors = {}
-    for task in params.tasks:
-        weights = checkpoints.load(artifacts.vector(task, seed), "vector")
-        vectors[task] = TaskVector(weights.tensors, weights.metadata["origin"])
+    vectors: dict[str, Lazy] = {
+        task: StoredVector(mapped(artifacts.vector(task, seed), "vector")) for task in params.tasks
+    }
     first = next(iter(vectors.values()))
     return Run(
         seed=seed,
@@ -67,8 +76,8 @@ def gather(artifacts: Artifacts, params: Params, seed: int) -> Run:
             for edit in params.edits
         },
         chosen={edit: _chosen(artifacts.coefficients(edit, seed)) for edit in params.edits},
-        cosines=summaries.cosines(vectors),
-        parameters=sum(tensor.numel() for tensor in first.tensors.values()),
+        cosines=similarity.cosines(vectors),
+        parameters=sum(map(first.size, first.shapes)),
     )
 
 

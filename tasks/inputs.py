@@ -7,6 +7,7 @@ from torch import Tensor
 from tasks.artifacts import Artifacts
 from taskvec import checkpoints, plugins
 from taskvec.errors import IncompatibleWeights
+from taskvec.mapped import Mapped, open_weights
 from taskvec.params import Model
 from taskvec.towers import Tower, check_identity
 
@@ -39,7 +40,15 @@ def checkpoint(path: Path, tower: Tower, origin: str = "") -> checkpoints.Weight
     return loaded
 
 
-def check_origin(loaded: checkpoints.Weights, origin: str, name: str) -> None:
+def mapped(path: Path, kind: str) -> Mapped:
+    """Return a file of taskvec mapped into memory, checked as `checkpoints.load` checks it."""
+    weights = open_weights(path)
+    checkpoints.check_kind(weights.metadata, kind, path)
+    checkpoints.check_fingerprint(weights.measure(), weights.metadata, path)
+    return weights
+
+
+def check_origin(loaded: checkpoints.Weights | Mapped, origin: str, name: str) -> None:
     """Raise IncompatibleWeights unless the weights descend from ``origin``."""
     found = str(loaded.metadata.get("origin"))
     if found != origin:

@@ -181,7 +181,7 @@ def _forgotten_rows(run: Run, params: Params) -> list[dict[str, Any]]:
 
 def _search_figure(run: Run, params: Params, name: str) -> dict[str, Any]:
     """Return the figure of an edit's search with its caption."""
-    edit, table = params.edits[name], run.searches[name]
+    edit, table = params.edits[name], run.chosen_search(name)
     names = sorted(edit.coefficients)
     mean = "mean " if len(edit.objective.tasks) > 1 else ""
     metric = _metric(str(edit.objective.maximize or edit.objective.minimize))

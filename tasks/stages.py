@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from tasks.artifacts import Artifacts
-from taskvec import expressions
 from taskvec.errors import InvalidInput, nearest
 from taskvec.params import Model, Params
 
@@ -75,7 +74,7 @@ def arguments(stage: str, item: str, params: Params) -> dict[str, Any]:
             return {"name": name, "seed": seed, "model": params.model, "tasks": tasks}
         case "combine":
             expression = _edit(name, params).expression
-            vectors = [found for found in expressions.names(expression) if found in params.tasks]
+            vectors = list(params.tasks)
             return {"edit": name, "seed": seed, "expression": expression, "vectors": vectors}
         case "search":
             edit = _edit(name, params)

@@ -21,6 +21,7 @@ from taskvec.plugins import Misplaced, check_options
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
+MAX_COMBINATIONS = 10_000
 SHA256 = r"^[0-9a-f]{64}$"
 
 
@@ -249,8 +250,8 @@ class EditParams(Section):
                     message = f"{task!r} is not evaluated; add it to evaluate"
                     raise Misplaced(message, section, "tasks", place)
         combinations = math.prod(item.points for item in self.coefficients.values())
-        if combinations > 10_000:
-            message = f"{combinations} combinations of coefficients; at most 10000"
+        if combinations > MAX_COMBINATIONS:
+            message = f"{combinations} combinations of coefficients; at most {MAX_COMBINATIONS}"
             raise Misplaced(message, "coefficients")
         return self
 
@@ -295,12 +296,19 @@ class Params(Section):
                     f"{nearest(found, known)}; a coefficient needs a range: "
                     f"edits.{name}.coefficients: {{{found}: {{low: 0, high: 1, points: 21}}}}"
                 )
-        used = expressions.parse(edit.expression, self.tasks, edit.coefficients).coefficients
+        parsed = expressions.parse(edit.expression, self.tasks, edit.coefficients)
         for coefficient in edit.coefficients:
-            if coefficient not in used:
+            if coefficient not in parsed.coefficients:
                 raise InvalidExpression(
                     f"the coefficient {coefficient!r} has a range but is not used, or it cancels"
                 )
+        grid = math.prod(item.points for item in edit.coefficients.values())
+        options = math.prod(len(values) for values in parsed.choices.values())
+        if grid * options > MAX_COMBINATIONS:
+            raise InvalidExpression(
+                f"{grid} combinations of coefficients times {options} of options; "
+                f"at most {MAX_COMBINATIONS}"
+            )
 
     def parse(self, name: str) -> expressions.Edit:
         """Return the normal form of the expression of the edit called ``name``."""

@@ -249,6 +249,37 @@ def heat_map(cosines: pd.DataFrame, ident: str, label: str) -> str:
     return _svg(draw, (side + 2.0, side + 0.6), ident, label)
 
 
+def layer_map(cosines: pd.DataFrame, ident: str, label: str) -> str:
+    """Draw the cosine of every pair of vectors in every layer.
+
+    Args:
+        cosines: layers as index, pairs as columns.
+        ident: prefix of the ids in the figure; unique in the page.
+        label: what the figure shows, for those who cannot see it.
+    """
+    values = cosines.to_numpy(dtype=float).T
+    limit = max(0.05, float(np.abs(values).max(initial=0.0)))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.grid(visible=False)
+        mesh = axes.pcolormesh(
+            np.arange(values.shape[1] + 1) - 0.5, np.arange(values.shape[0] + 1) - 0.5, values,
+            cmap="RdBu_r", vmin=-limit, vmax=limit, edgecolors="white", linewidth=0.5,
+        )  # fmt: skip
+        axes.invert_yaxis()
+        ticks = [str(name).removeprefix("layer ") for name in cosines.index]
+        axes.set_xticks(range(len(ticks)), ticks, rotation=35, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(values.shape[0]), [str(name) for name in cosines.columns])
+        axes.set_xlabel("layer")
+        axes.spines[:].set_visible(False)
+        bar = figure.colorbar(mesh, ax=axes, fraction=0.04, pad=0.02)
+        bar.set_label("cosine")
+        bar.outline.set_visible(False)
+
+    return _svg(draw, (2.8 + 0.4 * values.shape[1], 1.2 + 0.24 * values.shape[0]), ident, label)
+
+
 def bars(rows: Sequence[Bar], ident: str, label: str) -> str:
     """Draw accuracies as horizontal bars with their 95 % intervals, first row on top.
 

@@ -5,7 +5,7 @@ negation the largest coefficient whose control accuracy stays above a bound (sec
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from math import isnan
 
@@ -22,10 +22,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One combination of coefficients and its validation accuracy a task."""
+    """One combination of coefficients and options, and its validation accuracy a task."""
 
     coefficients: Mapping[str, float]
     accuracy: Mapping[str, float]
+    choice: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
 
 def grid(ranges: Mapping[str, Range]) -> list[dict[str, float]]:
@@ -69,24 +70,30 @@ def decide(
 
     ``best`` takes the feasible candidate with the best objective, ``largest`` the feasible one
     with the largest coefficient (the paper's rule for negation). Ties go to the smaller edit, then
-    to the smaller coefficients in the order of their names, so that the order of the candidates
-    does not matter. If nothing is feasible the smallest edit is taken, which the table marks as
-    not feasible. A candidate with a NaN accuracy never wins against one without.
+    to the smaller coefficients in the order of their names, then to the options in the order of
+    their text, so that the order of the candidates does not matter. If nothing is feasible the
+    smallest edit is taken, which the table marks as not feasible. A candidate with a NaN accuracy
+    never wins against one without.
     """
     sign = 1.0 if objective.maximize else -1.0
 
     def size(position: int) -> float:
         return sum(abs(value) for _, value in sorted(candidates[position].coefficients.items()))
 
-    def smallest(position: int) -> tuple[float, list[float]]:
-        coefficients = candidates[position].coefficients
-        return size(position), [coefficients[name] for name in sorted(coefficients)]
+    def smallest(position: int) -> tuple[float, list[float], list[str]]:
+        candidate = candidates[position]
+        coefficients = [value for _, value in sorted(candidate.coefficients.items())]
+        return (
+            size(position),
+            coefficients,
+            [str(item) for item in sorted(candidate.choice.items())],
+        )
 
-    def best(position: int) -> tuple[float, float, list[float]]:
+    def best(position: int) -> tuple[float, float, list[float], list[str]]:
         value = objective_value(candidates[position], objective, references)
         return -sign * value, *smallest(position)
 
-    def largest(position: int) -> tuple[float, float, list[float]]:
+    def largest(position: int) -> tuple[float, float, list[float], list[str]]:
         return -size(position), *smallest(position)
 
     known = [

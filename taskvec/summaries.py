@@ -16,15 +16,14 @@ Sources:
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
 
 from taskvec.errors import MissingArtifact
-from taskvec.expressions import Edit
-from taskvec.vectors import TaskVector
+from taskvec.expressions import Edit, Linear, Vector
 
 Verdict = Literal["above", "below", "open"]
 
@@ -184,26 +183,11 @@ def ratio(top: Estimate, bottom: Estimate) -> Estimate:
     return Estimate(value, min(low, value), max(high, value))
 
 
-def cosines(vectors: Mapping[str, TaskVector]) -> pd.DataFrame:
-    """Return the cosine similarity of every two task vectors, names in the given order.
-
-    Source: arXiv:2212.04089, section 6, figure 5.
-    """
-    names = list(vectors)
-    units = {name: 1.0 for name in names}
-    table = pd.DataFrame(units, index=names)
-    for i, left in enumerate(names):
-        for right in names[:i]:
-            cosine = vectors[left].cosine(vectors[right])
-            table.loc[left, right] = table.loc[right, left] = cosine
-    return table
-
-
 def closest(table: pd.DataFrame, names: Sequence[str]) -> tuple[str, str, float]:
     """Return the two different names with the largest cosine, and that cosine.
 
     Args:
-        table: what `cosines` returns.
+        table: what `taskvec.similarity.cosines` returns.
         names: at least two of its names.
     """
     values = table.loc[list(names), list(names)].to_numpy(dtype=float)
@@ -283,6 +267,17 @@ def gains(scores: Scores, task: str, edits: Mapping[str, Edit]) -> Gains:
 
 def _signs(edit: Edit) -> tuple[set[str], set[str]]:
     """Return the vectors that an edit adds and those that it subtracts."""
-    weights = [pair for part in (*edit.basis.values(), edit.offset) for pair in part.items()]
+    parts = [*edit.basis.values(), *([edit.offset] if edit.offset else [])]
+    weights = [pair for part in parts for pair in _leaves(part, 1.0)]
     plus = {name for name, weight in weights if weight > 0}
     return plus, {name for name, weight in weights if weight < 0}
+
+
+def _leaves(sum_: Linear, factor: float) -> Iterator[tuple[str, float]]:
+    """Yield every vector of a sum with its weight, also those that methods merge."""
+    for atom, weight in sum_.terms:
+        if isinstance(atom, Vector):
+            yield atom.name, factor * weight
+        else:
+            for operand in atom.operands:
+                yield from _leaves(operand, factor * weight)

@@ -73,12 +73,14 @@ class Training(Table):
 class Search(Table):
     """Every combination of coefficients that a search evaluated, on validation data.
 
-    Beside these columns: ``coefficient.NAME``, and for each task of the objective and of the
-    constraint ``accuracy.TASK`` and ``ratio.TASK`` (to the pre-trained model's accuracy).
+    Beside these columns: ``coefficient.NAME``, ``option.METHOD.NAME`` for an option that has
+    several values, and for each task of the objective and of the constraint ``accuracy.TASK`` and
+    ``ratio.TASK`` (to the pre-trained model's accuracy).
     """
 
     point: Series[int] = pa.Field(ge=0, unique=True)
     coefficient: Series[float] = pa.Field(alias=r"^coefficient\..+$", regex=True)
+    option: Series[object] | None = pa.Field(alias=r"^option\..+$", regex=True)
     accuracy: Series[float] = pa.Field(alias=r"^accuracy\..+$", regex=True, ge=0, le=1)
     ratio: Series[float] = pa.Field(alias=r"^ratio\..+$", regex=True, ge=0, nullable=True)
     objective: Series[float] = pa.Field(description="the value that is made large or small")

@@ -10,6 +10,9 @@ import pytest
 
 from tests.project import EXPERIMENT, ROOT, Project
 
+COMMANDS = (
+    "run", "status", "results", "trace", "edit", "similarity", "merge", "import", "ui"
+)  # fmt: skip
 HEAVY = ("torch", "prefect", "mlflow", "dvc", "pandas", "rich.progress", "open_clip")
 
 # Runs the command line, then says which of the heavy modules are loaded.
@@ -67,7 +70,7 @@ def cpu_seconds(project: Project, *arguments: str) -> float:
 def test_help_is_quick_and_names_every_command(project: Project) -> None:
     assert cpu_seconds(project, "--help") < 0.6
     done = project.taskvec("--help")
-    for command in ("run", "status", "results", "trace", "ui"):
+    for command in COMMANDS:
         assert f" {command} " in done.out
         assert project.taskvec(command, "--help").code == 0
 

@@ -37,7 +37,8 @@ def test_every_command_is_in_the_readme() -> None:
 
     for command in app.registered_commands:
         assert command.callback is not None
-        assert f"`taskvec {command.callback.__name__}" in README
+        name = command.name or command.callback.__name__
+        assert f"`taskvec {name}" in README
 
 
 def test_every_stage_is_in_the_graph_and_every_exit_code_in_the_readme() -> None:
