@@ -122,7 +122,9 @@ def similarity(
 def merge(config: Path, out: Path, fingerprints: bool) -> None:
     """Run a mergekit configuration as it stands."""
     from taskvec import mergekit
+    from taskvec.allocation import keep_freed_memory
 
+    keep_freed_memory()
     line = Line("merge")
     mark = mergekit.merge(
         config,

@@ -16,8 +16,8 @@ def trace(root: Path, path: Path) -> dict[str, Any]:
 
     Args:
         root: the checkout.
-        path: an output of some stage, or a model that `taskvec edit` wrote anywhere; absolute or
-            relative to the working directory.
+        path: an output of some stage, or a model that `taskvec edit` or `taskvec merge` wrote
+            anywhere; absolute or relative to the working directory.
 
     Raises:
         MissingArtifact: no stage is recorded to have made it.
@@ -60,16 +60,21 @@ def _ad_hoc(
             f"no recorded stage made {path}, and it has no header of taskvec; name an output of a "
             f"stage, such as {min(makers, default='data/reports/index.html after `taskvec run`')}"
         )
-    wanted = {"origin": metadata["origin"], **metadata["operands"]}
+    wanted = {
+        name: item["fingerprint"] or item["file"] if isinstance(item, dict) else item
+        for name, item in {"origin": metadata["origin"], **metadata["operands"]}.items()
+        if item
+    }
     made = {
         _stated(root / name).get("fingerprint"): name
         for name in makers
         if name.endswith(".safetensors")
     }
     inputs = {made.get(mark, f"{name} (not here)"): mark for name, mark in wanted.items()}
+    command = "edit" if "coefficients" in metadata else "merge"
     link = {
-        "stage": f"taskvec edit {metadata['digest'][:12]}",
-        "command": f"taskvec edit {metadata['expression']!r}",
+        "stage": f"taskvec {command} {metadata['digest'][:12]}",
+        "command": f"taskvec {command} {metadata['expression']!r}",
         "inputs": inputs,
         "outputs": {path.name: metadata["fingerprint"]},
         "parameters": {

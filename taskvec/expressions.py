@@ -15,16 +15,16 @@ import hashlib
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
-from typing import Any
-
-from lark import Lark, Tree
-from lark.exceptions import UnexpectedInput
+from typing import TYPE_CHECKING, Any
 
 from taskvec import plugins
 from taskvec.errors import InvalidExpression, nearest
+
+if TYPE_CHECKING:
+    from lark import Lark, Tree
 
 MAX_LENGTH = 4096
 MAX_DEPTH = 32
@@ -160,8 +160,6 @@ class Edit:
     def alternatives(self) -> "list[Edit]":
         """Return one edit a combination of the options that are lists; itself if there is none."""
         choices = self._choices()
-        if not choices:
-            return [self]
         result = []
         for values in product(*(item[2] for item in choices.values())):
             chosen = {
@@ -170,8 +168,10 @@ class Edit:
             }
             basis = {name: _chosen(sum_, chosen) for name, sum_ in self.basis.items()}
             offset = self.offset and _chosen(self.offset, chosen)
-            result.append(Edit(basis, offset, dict(zip(choices, values, strict=True))))
-        return result
+            # Other values may stand in another order, so the text is brought to normal form again.
+            edit = _normal(str(Edit(basis, offset)), self.vectors, self.coefficients)
+            result.append(replace(edit, choice=dict(zip(choices, values, strict=True))))
+        return result if choices else [self]
 
     def _choices(self) -> dict[str, tuple[Call, str, tuple[Value, ...]]]:
         result: dict[str, tuple[Call, str, tuple[Value, ...]]] = {}
@@ -203,6 +203,26 @@ def parse(text: str, vectors: Collection[str], coefficients: Collection[str]) ->
     Raises:
         InvalidExpression: it cannot be read, names something unknown, or is not linear.
     """
+    edit = _normal(text, vectors, coefficients)
+    number = math.prod(len(values) for values in edit.choices.values())
+    if number > MAX_ALTERNATIVES:
+        raise InvalidExpression(
+            f"{text!r}: its options have {number} combinations; at most {MAX_ALTERNATIVES}"
+        )
+    try:
+        if str(edit) != text:
+            _normal(str(edit), vectors, coefficients)
+    except InvalidExpression as error:
+        raise InvalidExpression(f"written in full, with all options: {error}") from None
+    for alternative in edit.alternatives():
+        if alternative.coefficients != edit.coefficients:
+            values = ", ".join(f"{key}={value}" for key, value in alternative.choice.items())
+            raise InvalidExpression(f"{text!r}: with {values} two terms cancel")
+    return edit
+
+
+def _normal(text: str, vectors: Collection[str], coefficients: Collection[str]) -> Edit:
+    """Return the normal form of an expression whose alternatives nobody has looked at."""
     reader = _Reader(text, frozenset(vectors), frozenset(coefficients))
     tree = _tree(text)
     basis: dict[str, dict[Vector | Call, float]] = {}
@@ -214,19 +234,13 @@ def parse(text: str, vectors: Collection[str], coefficients: Collection[str]) ->
                 "every term must be a number or coefficient times a vector"
             )
         (basis.setdefault(coefficient, {}) if coefficient else offset)[atom] = weight
-    found = {name: _linear(basis[name], text) for name in sorted(basis)}
+    sums = {name: _linear(basis[name], text) for name in sorted(basis)}
+    rest = _linear(offset, text)
     edit = Edit(
-        {name: sum_ for name, sum_ in found.items() if sum_.terms}, _linear(offset, text) or None
+        {name: sum_ for name, sum_ in sums.items() if sum_.terms}, rest if rest.terms else None
     )
-    if edit.offset is not None and not edit.offset.terms:
-        edit = Edit(edit.basis, None)
     if not edit.basis and edit.offset is None:
         raise InvalidExpression(f"{text!r}: everything cancels; the edit would change nothing")
-    number = math.prod(len(values) for values in edit.choices.values())
-    if number > MAX_ALTERNATIVES:
-        raise InvalidExpression(
-            f"{text!r}: its options have {number} combinations; at most {MAX_ALTERNATIVES}"
-        )
     return edit
 
 
@@ -238,11 +252,16 @@ def names(text: str) -> tuple[str, ...]:
 
 
 @cache
-def _parser() -> Lark:
+def _parser() -> "Lark":
+    from lark import Lark  # not needed by those who build an `Edit` themselves
+
     return Lark(GRAMMAR, parser="lalr", propagate_positions=True)
 
 
-def _tree(text: str) -> Tree[Any]:
+def _tree(text: str) -> "Tree[Any]":
+    from lark import Tree
+    from lark.exceptions import UnexpectedInput
+
     if len(text) > MAX_LENGTH:
         raise InvalidExpression(f"the expression has {len(text)} characters; at most {MAX_LENGTH}")
     try:
@@ -274,7 +293,7 @@ class _Reader:
         self._vectors = vectors
         self._coefficients = coefficients
 
-    def terms(self, tree: Tree[Any], depth: int = 0) -> Terms:
+    def terms(self, tree: "Tree[Any]", depth: int = 0) -> Terms:
         """Return the terms of a part of the tree."""
         if depth > MAX_DEPTH:
             raise InvalidExpression(f"the expression is nested deeper than {MAX_DEPTH}")
@@ -285,7 +304,7 @@ class _Reader:
         children = [
             self.terms(child, depth + (place > 0 or not leaning))
             for place, child in enumerate(tree.children)
-            if isinstance(child, Tree)
+            if hasattr(child, "data")
         ]
         match tree.data:
             case "number":
@@ -318,7 +337,7 @@ class _Reader:
             f"{self._text!r}: {name!r} is neither a task nor a coefficient; {nearest(name, known)}"
         )
 
-    def _product(self, left: Terms, right: Terms, tree: Tree[Any]) -> Terms:
+    def _product(self, left: Terms, right: Terms, tree: "Tree[Any]") -> Terms:
         result: Terms = {}
         for (c_left, a_left), w_left in left.items():
             for (c_right, a_right), w_right in right.items():
@@ -336,7 +355,7 @@ class _Reader:
                 result[key] = result.get(key, 0.0) + w_left * w_right
         return result
 
-    def _quotient(self, left: Terms, right: Terms, tree: Tree[Any]) -> Terms:
+    def _quotient(self, left: Terms, right: Terms, tree: "Tree[Any]") -> Terms:
         if set(right) != {("", None)} or not right["", None]:
             raise InvalidExpression(
                 f"{self._part(tree)} divides by {self._words(tree.children[1])}; an edit is "
@@ -344,7 +363,7 @@ class _Reader:
             )
         return {key: weight / right["", None] for key, weight in left.items()}
 
-    def _call(self, tree: Tree[Any], depth: int) -> Terms:
+    def _call(self, tree: "Tree[Any]", depth: int) -> Terms:
         method = str(tree.children[0])
         operands: list[Terms] = []
         options: dict[str, Value | tuple[Value, ...]] = {}
@@ -367,7 +386,7 @@ class _Reader:
         return {("", call): 1.0}
 
     def _option(
-        self, child: Tree[Any], options: dict[str, Value | tuple[Value, ...]], tree: Tree[Any]
+        self, child: "Tree[Any]", options: dict[str, Value | tuple[Value, ...]], tree: "Tree[Any]"
     ) -> None:
         name, *values = child.children
         if str(name) in options:
@@ -377,7 +396,7 @@ class _Reader:
             raise InvalidExpression(f"{self._part(tree)}: a value of {name} stands twice")
         options[str(name)] = read if child.data == "choice" and len(read) > 1 else read[0]
 
-    def _value(self, value: Tree[Any]) -> Value:
+    def _value(self, value: "Tree[Any]") -> Value:
         token = value.children[-1]
         text, kind = str(token), token.type  # type: ignore[union-attr]
         if kind == "STRING":
@@ -394,7 +413,7 @@ class _Reader:
             raise InvalidExpression(f"{self._part(value)} is too large for a float")
         return -number if len(value.children) > 1 and number else number
 
-    def _operand(self, terms: Terms, tree: Tree[Any]) -> Linear:
+    def _operand(self, terms: Terms, tree: "Tree[Any]") -> Linear:
         free = sorted({coefficient for coefficient, _ in terms if coefficient})
         if free:
             raise InvalidExpression(
@@ -408,7 +427,7 @@ class _Reader:
             raise InvalidExpression(f"{self._part(tree)}: an operand cancels to nothing")
         return found
 
-    def _check_operands(self, method: str, sums: list[Linear], tree: Tree[Any]) -> None:
+    def _check_operands(self, method: str, sums: list[Linear], tree: "Tree[Any]") -> None:
         known = plugins.names("merging")
         if method not in known:
             raise InvalidExpression(
@@ -429,7 +448,7 @@ class _Reader:
             raise InvalidExpression(f"{self._part(tree)}: the operand {twice} stands twice")
 
     def _all_options(
-        self, method: str, given: Mapping[str, Value | tuple[Value, ...]], tree: Tree[Any]
+        self, method: str, given: Mapping[str, Value | tuple[Value, ...]], tree: "Tree[Any]"
     ) -> tuple[tuple[str, Value | tuple[Value, ...]], ...]:
         try:
             options = plugins.complete("merging", method, given)
@@ -438,10 +457,10 @@ class _Reader:
             raise InvalidExpression(f"{self._part(tree)}: {where}{error}") from None
         return tuple(sorted(options.items()))
 
-    def _words(self, tree: Tree[Any]) -> str:
+    def _words(self, tree: "Tree[Any]") -> str:
         return self._text[tree.meta.start_pos : tree.meta.end_pos]
 
-    def _part(self, tree: Tree[Any]) -> str:
+    def _part(self, tree: "Tree[Any]") -> str:
         """Return the offending part as it was written, with its place if it is not everything."""
         words = self._words(tree)
         if words == self._text.strip():

@@ -1,14 +1,12 @@
 """The numeric fingerprint: everything besides code and data that decides the last bit."""
 
-import ctypes
 import os
 import platform
 
 import torch
 
 from taskvec import lazy
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+from taskvec.allocation import keep_freed_memory
 
 
 def make_deterministic() -> None:
@@ -21,18 +19,7 @@ def make_deterministic() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     lazy.set_workers(1)
-    _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep what a layer frees for the next layer: a third less processor time.
-
-    glibc otherwise hands every large activation back to the system and asks for it again.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # bytes; the largest that glibc admits
-        mallopt(M_TRIM_THRESHOLD, 512 << 20)
+    keep_freed_memory()
 
 
 def numeric_fingerprint() -> dict[str, str]:

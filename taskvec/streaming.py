@@ -22,6 +22,7 @@ from taskvec.errors import IncompatibleWeights, InvalidInput
 from taskvec.lazy import BLOCK, Array, Lazy, blocks, parallel, units
 from taskvec.mapped import Bytes, Mapped, Stored, check_finite, difference
 
+FLUSH = 64 << 20  # bytes
 MARK = "0" * 64  # stands for the fingerprint until it is known
 Progress = Callable[[int, int], None]
 
@@ -160,8 +161,7 @@ def write(
         temporary = Path(directory) / path.name
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if start + length:
-                os.posix_fallocate(descriptor, 0, start + length)
+            os.posix_fallocate(descriptor, 0, start + length)
             digests = _fill(descriptor, start, output, slots, block, progress)
             entries = [(n, slots[n].dtype, slots[n].shape, digests[n]) for n in slots]
             twins = metadata.get(headers.TIED, {}).items()
@@ -217,17 +217,21 @@ def _fill(
         width = headers.BYTES[slots[name].dtype]
         place = start + slots[name].start + first * width
         digests = _Digests()
-        for data in _data(output[name], name, first, last, block):
-            _write_at(descriptor, data.data, place)
-            digests.update(data)
-            place += len(data)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
+            for data in _data(output[name], name, first, last, block):
+                _write_at(descriptor, data.data, place)
+                digests.update(data)
+                place += len(data)
         return digests.close()
 
     digests = dict.fromkeys(slots, b"")
-    done, total = 0, sum(slot.stop - slot.start for slot in slots.values())
+    done, kept, total = 0, 0, sum(slot.stop - slot.start for slot in slots.values())
     for (name, first, last), found in zip(work, parallel(fill, work), strict=True):
         digests[name] += found
         done += (last - first) * headers.BYTES[slots[name].dtype]
+        if done - kept >= FLUSH:
+            os.fdatasync(descriptor)  # while the workers go on
+            kept = done
         if progress:
             progress(done, total)
     return digests

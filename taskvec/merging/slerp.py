@@ -19,7 +19,8 @@ def slerp(vectors: Mapping[str, Lazy], *, t: Unit = 0.5) -> Lazy:
     """Return ``(sin((1 - t) * w) * a + sin(t * w) * b) / sin(w)``, w the angle between a and b.
 
     The angle is that of the tensors, flattened; their lengths are left as they are. Where
-    ``|cos w| > 0.9995``, or a or b is zero, the result is ``(1 - t) * a + t * b``.
+    ``|cos w| > 0.9995`` the result is ``(1 - t) * a + t * b``; a tensor of zeros is at a right
+    angle to every other, as in mergekit.
 
     Args:
         vectors: two vectors, a and b.
@@ -43,7 +44,7 @@ def slerp(vectors: Mapping[str, Lazy], *, t: Unit = 0.5) -> Lazy:
 def _factors(gram: npt.NDArray[np.float64], t: float) -> tuple[np.float32, np.float32]:
     """Return the factors of a and b from their inner products (2, 2)."""
     lengths = np.sqrt(gram[0, 0]) * np.sqrt(gram[1, 1])
-    cosine = float(np.clip(gram[0, 1] / lengths, -1, 1)) if lengths else 1.0
+    cosine = float(np.clip(gram[0, 1] / lengths, -1, 1)) if lengths else 0.0
     if abs(cosine) > PARALLEL:
         return np.float32(1 - t), np.float32(t)
     angle = np.arccos(cosine)
