@@ -118,7 +118,8 @@ def load(path: Path, kind: str) -> Weights:
     metadata = headers.read_metadata(read_header(path), path)
     check_kind(metadata, kind, path)
     tensors = read_tensors(path)
-    tensors.update({name: tensors[twin] for name, twin in metadata.get(TIED, {}).items()})
+    twins = headers.read_ties(metadata, tensors, path)
+    tensors.update({name: tensors[twin] for name, twin in twins.items()})
     check_fingerprint(fingerprint(tensors), metadata, path)
     return Weights(tensors, metadata)
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,21 @@ def read_metadata(header: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return dict(metadata)
 
 
+def read_ties(metadata: Mapping[str, Any], names: Collection[str], path: Path) -> dict[str, str]:
+    """Return {second name: name in the file} of the tensors that are tied.
+
+    Raises:
+        IncompatibleWeights: a tie leads nowhere, or its second name is in the file too.
+    """
+    twins = metadata.get(TIED, {})
+    if not isinstance(twins, dict) or not all(
+        isinstance(twin, str) and twin in names and name not in names
+        for name, twin in twins.items()
+    ):
+        raise IncompatibleWeights(f"{path} is damaged: it ties tensors that it does not hold")
+    return twins
+
+
 def canonical(content: Mapping[str, Any]) -> str:
     """Return JSON that is the same for equal content."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -221,7 +236,7 @@ def _check_header(header: dict[str, Any], path: Path) -> None:
 
 def _slot(name: str, entry: Mapping[str, Any], data: int, path: Path) -> Slot:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in BYTES:
+    if dtype not in DTYPES:
         raise IncompatibleWeights(
             f"{path}: tensor {name!r} has the dtype {dtype!r}; expected one of {', '.join(BYTES)}"
         )

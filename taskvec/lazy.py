@@ -31,6 +31,7 @@ Function = Callable[[str, int, list[Array]], Array]
 
 BLOCK = 1 << 16  # elements: 256 KiB, a handful of which fit into the cache of one core
 UNIT = 1 << 20  # elements that a worker takes at a time
+LARGEST = float(np.finfo(np.float32).max)
 HELD = 1 << 23  # elements that a selection may hold at once: 32 MiB
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -131,8 +132,14 @@ def combination(terms: Iterable[tuple[Lazy, float]]) -> Lazy:
     The order is the caller's to fix: addition of float32 is not associative, so another order
     gives other bytes. A product and a sum are rounded one after the other, never fused, so that
     every processor gives the same bytes.
+
+    Raises:
+        InvalidInput: a weight is not finite in float32.
     """
     pairs = list(terms)
+    for _, weight in pairs:
+        if not abs(weight) <= LARGEST:
+            raise InvalidInput(f"the weight {weight:g} of a vector is no finite float32")
     weights = [np.float32(weight) for _, weight in pairs]
 
     def add(name: str, start: int, parts: list[Array]) -> Array:

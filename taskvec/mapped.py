@@ -181,8 +181,7 @@ def difference(pretrained: Mapped, finetuned: Mapped, names: Iterable[str] | Non
     Source: arXiv:2212.04089, section 2.
     """
     finetuned = aligned(pretrained, finetuned)
-    edited = check_alike(pretrained, finetuned, names)
-    return Difference(pretrained, finetuned, edited)
+    return Difference(pretrained, finetuned, _edited(pretrained, finetuned, names))
 
 
 def aligned(pretrained: Mapped, finetuned: Mapped) -> Mapped:
@@ -241,8 +240,14 @@ def weights_as_vector(weights: Mapped) -> Lazy:
 def check_alike(
     pretrained: Mapped, finetuned: Mapped, names: Iterable[str] | None = None
 ) -> list[str]:
-    """Return the edited names; raise IncompatibleWeights unless a vector loses nothing."""
-    here, there = pretrained, finetuned
+    """Return the edited names; raise IncompatibleWeights unless a vector loses nothing.
+
+    Names may differ as `aligned` says; shapes and dtypes may not, nor tensors that are not edited.
+    """
+    return _edited(pretrained, aligned(pretrained, finetuned), names)
+
+
+def _edited(here: Mapped, there: Mapped, names: Iterable[str] | None) -> list[str]:
     for name, tensor in here.tensors.items():
         twin = there.tensors[name]
         check_shape(name, tensor.shape, here.label, twin.shape, there.label)
@@ -299,12 +304,7 @@ def open_weights(path: Path) -> Mapped:
     if headers.METADATA_KEY not in raw:
         return Mapped(tensors, str(path))
     metadata = headers.read_metadata({"__metadata__": raw}, path)
-    twins = metadata.get(headers.TIED, {})
-    if not isinstance(twins, dict) or any(
-        name in tensors or twin not in tensors for name, twin in twins.items()
-    ):
-        raise IncompatibleWeights(f"{path} is damaged: it ties tensors that it does not hold")
-    return Mapped(tensors, str(path), metadata, twins)
+    return Mapped(tensors, str(path), metadata, headers.read_ties(metadata, tensors, path))
 
 
 def _inside(directory: Path) -> Path:

@@ -11,8 +11,9 @@ numbers in place of coefficients: of deltas, or of whole models where there is n
     dare_linear       0.3 * dare(a, p=0.5, rescale="l1") + ...; also breadcrumbs, della_linear
     dare_ties         ties(0.3 * dare(a, ...), ..., density=1); also breadcrumbs_ties, della
 
-``normalize`` becomes a division by the sum of the weights, `average`, or a variant of `ties`. A
-parameter that differs from tensor to tensor, by a gradient or by filters, is refused.
+A model may be a LoRA adapter of the base. ``normalize`` becomes a division by the sum of the
+weights, `average`, or a variant of `ties`. A parameter that differs from tensor to tensor, by a
+gradient or by filters, is refused.
 
 Everything is computed in float32. Single elements differ from mergekit: of several that are as
 large as the least one to keep, all are kept; of 100, the density 0.29 keeps 29 and not 28; and
@@ -29,6 +30,7 @@ from taskvec.errors import IncompatibleWeights, InvalidInput, MissingArtifact
 from taskvec.headers import TIED
 from taskvec.layers import places
 from taskvec.lazy import Lazy
+from taskvec.lora import is_adapter, open_adapter
 from taskvec.mapped import (
     Mapped,
     Stored,
@@ -76,8 +78,10 @@ def merge(
     recipe = said.recipe
     for sentence in recipe.warnings:
         warn(sentence)
-    models = {name: _opened(path, name, config) for name, path in recipe.vectors.items()}
-    base = _opened(recipe.base, str(recipe.base), config) if recipe.base else None
+    paths = {name: _found(path, config) for name, path in recipe.vectors.items()}
+    base = _opened(_found(recipe.base, config), str(recipe.base)) if recipe.base else None
+    adapters = {name: path for name, path in paths.items() if base and is_adapter(path)}
+    models = {name: _opened(p, name) for name, p in paths.items() if name not in adapters}
     first = base or next(iter(models.values()))
     if said.blocks is not None:
         _check_blocks(first, said.blocks, config)
@@ -85,6 +89,7 @@ def merge(
     for dtype in sorted(stored) if said.as_stored else ():
         warn(ROUNDING.format(HALVES[dtype]))
     vectors = {name: _vector(weights, first, base) for name, weights in models.items()}
+    vectors |= {name: open_adapter(path, first) for name, path in adapters.items()}
     merged = edits.at(said.edit, {}, vectors)
     assert merged is not None  # there is no coefficient to be zero
     metadata: dict[str, Any] = {
@@ -92,8 +97,8 @@ def merge(
         "expression": recipe.expression,
         "method": said.method,
         "operands": {
-            name: _identity(recipe.vectors[name], weights, fingerprints)
-            for name, weights in models.items()
+            name: _identity(path, models.get(name), fingerprints)
+            for name, path in recipe.vectors.items()
         },
         "origin": _identity(recipe.base, base, fingerprints) if recipe.base and base else None,
     }
@@ -117,11 +122,16 @@ def _target(out: Path) -> Path:
     return out / f"model{SUFFIX}"
 
 
-def _opened(path: Path, label: str, config: Path) -> Mapped:
-    """Return the weights that a path of a file leads to; messages call them ``label``."""
+def _opened(path: Path, label: str) -> Mapped:
+    """Return the weights in a path; messages call them ``label``."""
+    return replace(open_weights(path), label=label)
+
+
+def _found(path: Path, config: Path) -> Path:
+    """Return where a path of a file leads to."""
     for found in (config.parent / path, path):
         if found.exists():
-            return replace(open_weights(found), label=label)
+            return found
     raise MissingArtifact(
         f"{config}: {str(path)!r} is no file or directory, neither beside this file nor in the "
         "working directory; nothing is downloaded: download the model and name its directory"
@@ -146,8 +156,10 @@ def _vector(weights: Mapped, first: Mapped, base: Mapped | None) -> Lazy:
     return weights_as_vector(named)
 
 
-def _identity(path: Path, weights: Mapped, measure: bool) -> dict[str, str]:
+def _identity(path: Path, weights: Mapped | None, measure: bool) -> dict[str, str]:
     """Return what is recorded of an input: no directory, it says nothing elsewhere."""
+    if weights is None:  # an adapter, whose tensors are computed
+        return {"file": path.name, "fingerprint": ""}
     known = str(weights.metadata.get("fingerprint", ""))
     return {"file": path.name, "fingerprint": weights.fingerprint if measure else known}
 

@@ -1,4 +1,4 @@
-"""TSV-M: task singular vectors, decorrelated (Gargiulo et al., arXiv:2412.00081)."""
+"""TSV-M: task singular vectors made orthogonal (Gargiulo et al., arXiv:2412.00081)."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,18 @@ from taskvec.spectral import Matrices, Stack, joined, leading
 
 
 def tsv_m(vectors: Mapping[str, Lazy]) -> Lazy:
-    """x"""
+    """Return ``polar(U) diag(s) polar(V)^T`` for every matrix and the mean for other tensors.
+
+    Of each of the T matrices (m, n) the k = min(m, n) // T largest singular values and their
+    vectors are kept; side by side they are U (m, T k), s and V (n, T k). The polar factor of a
+    matrix is the nearest one with orthonormal columns.
+
+    As in the authors' code, tensors with ``text_projection`` in their name take the mean. What
+    differs: a matrix with min(m, n) < T takes the mean as well, instead of vanishing, and singular
+    vectors that nothing determines contribute nothing, where the authors' are arbitrary: those of
+    a singular value 0, and of U and V the part that the vectors of different tasks share (the
+    polar factor is taken over the singular values above 0).
+    """
     tasks = len(vectors)
 
     def merge(stack: Stack) -> Tensor:

@@ -1,0 +1,306 @@
+"""Singular vectors and polar factors of matrices, by way of their Gram matrices.
+
+The eigenvectors of ``A^T A`` are the right singular vectors of ``A``, at a fraction of the price of
+a singular value decomposition, but with the square of its condition number. So the price depends
+on the matrix: its Gram matrix is taken in float32; where that is not accurate enough, in float64;
+and where even that is not, the matrix is decomposed directly. What decides is the spectrum that
+was found, so the choice is the same in every run.
+
+Letters: a matrix is (m, n); r = min(m, n); k of its singular values are wanted. Those below `ZERO`
+times the largest are rounding of the float32 input and count as zero. Nothing determines their
+vectors, which therefore contribute nothing.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from taskvec.lazy import Array, Lazy, blocks, check_shapes, count
+
+ACCURATE = 1e-5  # the largest relative error that a result may be expected to have
+ZERO = 1e-7  # of the largest singular value
+SMALL = 128  # rows or columns up to which float64 costs nothing that matters
+PARTS = 4  # of a Gram matrix, in each direction
+
+_lock = threading.Lock()
+_thread = threading.local()
+_inside = 0
+_before = 0
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Let torch compute in the calling thread alone; several threads may be inside.
+
+    Tensors are computed side by side already, and a sum that torch splits among threads has other
+    bytes than one that it does not split.
+    """
+    global _inside, _before
+    if getattr(_thread, "inside", False):
+        yield
+        return
+    with _lock:
+        # torch keeps one number for each thread and one for the threads to come; what was found
+        # while nobody was inside is right for both.
+        if not _inside:
+            _before = torch.get_num_threads()
+        _inside += 1
+        torch.set_num_threads(1)
+    _thread.inside = True
+    try:
+        yield
+    finally:
+        _thread.inside = False
+        with _lock:
+            _inside -= 1
+            torch.set_num_threads(_before)
+
+
+class Stack:
+    """The matrices of several vectors under one name, read when they are asked for."""
+
+    def __init__(self, vectors: Sequence[Lazy], name: str) -> None:
+        self.shape = vectors[0].shapes[name]
+        self._vectors = vectors
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the matrix of each vector, in float32."""
+        for vector in self._vectors:
+            yield self._sum([vector], torch.float32)
+
+    def total(self) -> Tensor:
+        """Return the sum in float64, because a polar factor magnifies what float32 rounds off."""
+        return self._sum(self._vectors, torch.float64)
+
+    def _sum(self, vectors: Sequence[Lazy], dtype: torch.dtype) -> Tensor:
+        # Memory of torch's own is aligned, and the bytes of a product can depend on that.
+        result = torch.empty(self.shape, dtype=dtype)
+        flat = result.view(-1).numpy()
+        for start, (first, *others) in blocks(vectors, self._name, 0, len(flat)):
+            part = flat[start : start + len(first)]
+            part[...] = first
+            for other in others:
+                np.add(part, other, out=part)
+        return result
+
+
+class Matrices(Lazy):
+    """A function of the matrices of several vectors; other tensors are the mean of the vectors.
+
+    Args:
+        vectors: with equal names and shapes.
+        function: takes a stack of T matrices (m, n) and returns one, float32.
+        smallest: matrices with fewer rows or columns than this are the mean too.
+        mean: and so are those with this in their name.
+    """
+
+    def __init__(
+        self,
+        vectors: Sequence[Lazy],
+        function: Callable[[Stack], Tensor],
+        *,
+        smallest: int = 1,
+        mean: str | None = None,
+    ) -> None:
+        check_shapes(vectors)
+        super().__init__(vectors[0].shapes, vectors)
+        self._function = function
+        self._smallest = smallest
+        self._mean = mean
+
+    def grain(self, name: str) -> int:
+        """Return the size of a matrix; of another tensor, what the vectors need."""
+        own = count(self.shapes[name]) if self._taken(name) else 1
+        return max(own, super().grain(name))
+
+    def block(self, name: str, start: int, stop: int) -> Array:
+        """Compute a whole matrix, or a block of the mean."""
+        if self._taken(name):
+            with single_threaded():
+                result = self._function(Stack(self.operands, name))
+                return result.contiguous().numpy().reshape(-1)
+        total = self.operands[0].block(name, start, stop).copy()
+        for operand in self.operands[1:]:
+            np.add(total, operand.block(name, start, stop), out=total)
+        return np.divide(total, np.float32(len(self.operands)), out=total)
+
+    def _taken(self, name: str) -> bool:
+        shape = self.shapes[name]
+        if len(shape) != 2 or (self._mean is not None and self._mean in name):
+            return False
+        return min(shape) >= self._smallest
+
+
+def leading(matrix: Tensor, number: int, zero: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (m, k), s (k,) and V (n, k) of the ``number`` largest singular values, descending.
+
+    In float32. The columns of singular values that count as zero are zero.
+
+    Args:
+        matrix: float32 or float64.
+        number: k, from 1 to r.
+        zero: singular values up to this count as zero, too.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        right, values, left = leading(matrix.T.contiguous(), number, zero)
+        return left, values, right
+    if not matrix.any():
+        rows, columns = matrix.shape
+        return torch.zeros(rows, number), torch.zeros(number), torch.zeros(columns, number)
+    scale = _scale(matrix)
+    for dtype in _precisions(matrix):
+        tall = matrix.to(dtype) * scale
+        squares, vectors = torch.linalg.eigh(gram(tall.T))
+        if _accurate(squares, number):
+            right = vectors[:, -number:].flip(1)
+            left = product(tall, right.T)
+            values = torch.linalg.vector_norm(left, dim=0)
+            left = left / values.clamp(min=torch.finfo(dtype).tiny)
+            break
+    else:
+        left, values, right = torch.linalg.svd(tall, full_matrices=False)
+        left, values, right = left[:, :number], values[:number], right[:number].T
+    kept = values > max(ZERO * float(values[0]), zero * scale)
+    return (left * kept).float(), (values * kept).float() / scale, (right * kept).float()
+
+
+def polar(matrix: Tensor) -> tuple[Tensor, float]:
+    """Return the polar factor (m, n), in float32, and the mean of all r singular values.
+
+    The factor is ``U V^T`` of ``A = U S V^T`` over the singular values that do not count as zero:
+    of full rank, the nearest matrix with equal singular values 1; of a lower rank, a matrix with
+    that many of them, the others zero.
+
+    Args:
+        matrix: float32 or float64.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        factor, mean = polar(matrix.T.contiguous())
+        return factor.T, mean
+    if not matrix.any():
+        return torch.zeros(matrix.shape), 0.0
+    scale = _scale(matrix)
+    for dtype in _precisions(matrix):
+        tall = matrix.to(dtype) * scale
+        square = gram(tall.T)
+        if dtype == torch.float32 and not _promising(square):
+            continue
+        squares, vectors = torch.linalg.eigh(square)
+        if not _accurate(squares, len(squares)):
+            continue
+        kept = squares > ZERO**2 * squares[-1]
+        values = squares.clamp(min=0).sqrt() * kept
+        if _error(values[kept], torch.float32) <= ACCURATE:
+            tall, vectors = tall.float(), vectors.float()
+        # (A^T A)^(-1/2) as the product of a matrix and its transpose.
+        half = vectors * torch.where(kept, values, torch.inf).rsqrt().to(vectors.dtype)
+        factor = product(tall, gram(half))
+        break
+    else:
+        left, values, right = torch.linalg.svd(tall, full_matrices=False)
+        kept = values > ZERO * values[0]
+        factor, values = (left * kept) @ right, values * kept
+    return factor.float(), float(values.mean()) / scale
+
+
+def joined(left: Sequence[Tensor], values: Tensor, right: Sequence[Tensor]) -> Tensor:
+    """Return ``polar(U) diag(s) polar(V)^T`` (m, n), with the columns of several decompositions.
+
+    Args:
+        left: the parts of U, each (m, k_t).
+        values: s (sum of k_t,), or one value for all.
+        right: the parts of V, each (n, k_t).
+    """
+    first, _ = polar(torch.cat(list(left), dim=1))
+    second, _ = polar(torch.cat(list(right), dim=1))
+    return product(first * values, second)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``A B^T`` (m, p) of A (m, n) and B (p, n), computed in their dtype."""
+    if left.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        # MKL leaves half the speed of an AMD processor unused, oneDNN does not.
+        return linear(left.contiguous().to_mkldnn(), right.contiguous().to_mkldnn()).to_dense()
+    return left @ right.T
+
+
+def gram(matrix: Tensor) -> Tensor:
+    """Return ``A A^T`` (m, m), computing little more than the lower half."""
+    matrix = matrix.contiguous()
+    size = len(matrix)
+    step = -(-size // PARTS)
+    result = matrix.new_empty(size, size)
+    for low in range(0, size, step):
+        high = min(low + step, size)
+        result[low:high, :high] = product(matrix[low:high], matrix[:high])
+        result[:low, low:high] = result[low:high, :low].T
+    return result
+
+
+def _precisions(matrix: Tensor) -> tuple[torch.dtype, ...]:
+    """Return the dtypes to try for the Gram matrix of a matrix."""
+    return (torch.float64,) if min(matrix.shape) <= SMALL else (torch.float32, torch.float64)
+
+
+def _scale(matrix: Tensor) -> float:
+    """Return a power of two that brings the largest element near 1, so that no square is lost."""
+    _, exponent = np.frexp(float(matrix.abs().max()))
+    return 2.0 ** -int(np.clip(exponent, -126, 126))
+
+
+def _accurate(squares: Tensor, number: int) -> bool:
+    """Say whether the largest eigenvalues of a Gram matrix stand far enough above its rounding.
+
+    Args:
+        squares: all r eigenvalues, ascending.
+        number: how many of the largest are wanted.
+    """
+    largest = float(squares[-1])
+    wanted = squares[-number:]
+    if squares.dtype == torch.float64:
+        wanted = wanted[wanted > ZERO**2 * largest]
+    if not len(wanted):
+        return True
+    if float(wanted[0]) <= 0 or _error(wanted, squares.dtype) > ACCURATE:
+        return False
+    if number == len(squares) or squares.dtype == torch.float64:
+        return True
+    # The last vector wanted and the first one unwanted mix by about this angle. It is one of k.
+    gap = float(squares[-number] - squares[-number - 1])
+    angle = torch.finfo(squares.dtype).eps * largest / max(gap, 1e-30) / len(squares) ** 0.5
+    return angle <= ACCURATE * number**0.5
+
+
+def _error(values: Tensor, dtype: torch.dtype) -> float:
+    """Return the error of the vectors, as root mean square, if the largest value is rounded."""
+    if not len(values):
+        return 0.0
+    ratios = values.max() / values.double()
+    return torch.finfo(dtype).eps * float(ratios.square().mean().sqrt())
+
+
+def _promising(square: Tensor) -> bool:
+    """Estimate whether the eigenvalues will be found accurate, at a tenth of their price.
+
+    Args:
+        square: a Gram matrix (r, r), float32.
+    """
+    factor, failed = torch.linalg.cholesky_ex(square)
+    if failed:
+        return False
+    probes = torch.randn(len(square), 8, generator=torch.Generator().manual_seed(0))
+    inverse = torch.cholesky_solve(probes, factor).square().mean().sqrt()
+    for _ in range(4):
+        probes = square @ probes
+        probes = probes / torch.linalg.vector_norm(probes, dim=0)
+    largest = torch.linalg.vector_norm(square @ probes, dim=0).max()
+    return torch.finfo(torch.float32).eps * float(largest * inverse) <= 2 * ACCURATE
