@@ -124,7 +124,7 @@ def code_fingerprints(params: Params) -> dict[str, Any]:
             }
         elif stage == "combine":
             result[stage] = {
-                edit: code.fingerprint([*own, *(f"taskvec.merging.{m}:{m}" for m in methods)])
+                edit: code.fingerprint([*own, *(f"taskvec.merging.{m}" for m in methods)])
                 for edit in params.edits
                 for methods in [params.parse(edit).methods]
             }

@@ -57,7 +57,7 @@ def _ad_hoc(
     metadata = _stated(path)
     if "operands" not in metadata:
         raise MissingArtifact(
-            f"no recorded stage made {path}, and it has no header of taskvec; name an output of a "
+            f"no recorded stage made {path}; name a model of `taskvec edit`, or an output of a "
             f"stage, such as {min(makers, default='data/reports/index.html after `taskvec run`')}"
         )
     wanted = {

@@ -7,6 +7,7 @@ from taskvec import plugins
 from taskvec.errors import IncompatibleWeights, InvalidExpression, InvalidInput
 from taskvec.expressions import Call, Edit, Linear, Vector, parse
 from taskvec.lazy import Lazy, combination, materialize
+from taskvec.mapped import check_finite
 
 if TYPE_CHECKING:
     from taskvec.vectors import TaskVector
@@ -59,7 +60,7 @@ def weighted(
     return combination(terms) if terms else None
 
 
-def merge(method: str, vectors: Mapping[str, "TaskVector"], **options: Any) -> "TaskVector":
+def merge(method: str, vectors: Mapping[str, "TaskVector"], /, **options: Any) -> "TaskVector":
     """Return task vectors in memory merged by a method of taskvec/merging/, found by its name.
 
     Args:
@@ -74,7 +75,7 @@ def merge(method: str, vectors: Mapping[str, "TaskVector"], **options: Any) -> "
     try:
         given = plugins.complete("merging", method, options)
     except plugins.Misplaced as error:
-        raise InvalidInput(f"{method}: {' '.join(map(str, error.place[1:]))} {error}") from None
+        raise InvalidInput(": ".join([method, *map(str, error.place[1:]), str(error)])) from None
     ordered = plugins.constant("merging", method, "ORDERED", False)
     labels = list(vectors) if ordered else sorted(vectors)
     return _in_memory(
@@ -83,7 +84,7 @@ def merge(method: str, vectors: Mapping[str, "TaskVector"], **options: Any) -> "
 
 
 def edit_vector(
-    expression: str, vectors: Mapping[str, "TaskVector"], **coefficients: float
+    expression: str, vectors: Mapping[str, "TaskVector"], /, **coefficients: float
 ) -> "TaskVector":
     """Return the vector that an expression stands for, in memory.
 
@@ -116,7 +117,10 @@ def _in_memory(compute: Any, vectors: Mapping[str, "TaskVector"]) -> "TaskVector
                 f"{vector.origin[:12]}); fine-tune all from one checkpoint"
             )
     lazy = {name: vector.lazy() for name, vector in vectors.items()}
-    return type(first).held(materialize(compute(lazy)), first.origin)
+    tensors = materialize(compute(lazy))
+    for name, values in tensors.items():
+        check_finite(values, name, "the result")
+    return type(first).held(tensors, first.origin)
 
 
 def _atom(atom: Vector | Call, vectors: Mapping[str, Lazy]) -> Lazy:

@@ -442,8 +442,9 @@ def materialize(vector: Lazy) -> dict[str, Array]:
 
     def fill(unit: Unit) -> None:
         name, start, stop = unit
-        for place, (values,) in blocks([vector], name, start, stop):
-            result[name][place : place + len(values)] = values
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the result
+            for place, (values,) in blocks([vector], name, start, stop):
+                result[name][place : place + len(values)] = values
 
     for _ in parallel(fill, all_units([vector])):
         pass

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from taskvec.lazy import Array, Lazy, blocks, check_shapes, count
+from taskvec.lazy import Array, Lazy, added, blocks, check_shapes, count
 
 ACCURATE = 1e-5  # the largest relative error that a result may be expected to have
 ZERO = 1e-7  # of the largest singular value
@@ -45,10 +45,12 @@ def single_threaded() -> Iterator[None]:
         yield
         return
     with _lock:
-        # torch keeps one number for each thread and one for the threads to come; what was found
-        # while nobody was inside is right for both.
+        # torch keeps a number for each thread, and one that a thread takes over when it first asks
+        # for its own. So each has to ask before it sets, and what the first one finds while nobody
+        # is inside is what all get back.
+        found = torch.get_num_threads()
         if not _inside:
-            _before = torch.get_num_threads()
+            _before = found
         _inside += 1
         torch.set_num_threads(1)
     _thread.inside = True
@@ -128,9 +130,7 @@ class Matrices(Lazy):
             with single_threaded():
                 result = self._function(Stack(self.operands, name))
                 return result.contiguous().numpy().reshape(-1)
-        total = self.operands[0].block(name, start, stop).copy()
-        for operand in self.operands[1:]:
-            np.add(total, operand.block(name, start, stop), out=total)
+        total = added([operand.block(name, start, stop) for operand in self.operands])
         return np.divide(total, np.float32(len(self.operands)), out=total)
 
     def _taken(self, name: str) -> bool:
@@ -199,11 +199,12 @@ def polar(matrix: Tensor) -> tuple[Tensor, float]:
             continue
         kept = squares > ZERO**2 * squares[-1]
         values = squares.clamp(min=0).sqrt() * kept
+        inverse = 1 / torch.where(kept, values, torch.inf)
         if _error(values[kept], torch.float32) <= ACCURATE:
-            tall, vectors = tall.float(), vectors.float()
-        # (A^T A)^(-1/2) as the product of a matrix and its transpose.
-        half = vectors * torch.where(kept, values, torch.inf).rsqrt().to(vectors.dtype)
-        factor = product(tall, gram(half))
+            # A (A^T A)^(-1/2), the root being the product of a matrix and its transpose.
+            factor = product(tall.float(), gram(vectors * inverse.sqrt()).float())
+        else:
+            factor = product((product(tall, vectors.T) * inverse).float(), vectors.float())
         break
     else:
         left, values, right = torch.linalg.svd(tall, full_matrices=False)
@@ -227,10 +228,16 @@ def joined(left: Sequence[Tensor], values: Tensor, right: Sequence[Tensor]) -> T
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Return ``A B^T`` (m, p) of A (m, n) and B (p, n), computed in their dtype."""
-    if left.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    return times(right)(left)
+
+
+def times(right: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the function ``A -> A B^T``, for a B that many matrices are multiplied by."""
+    if right.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         # MKL leaves half the speed of an AMD processor unused, oneDNN does not.
-        return linear(left.contiguous().to_mkldnn(), right.contiguous().to_mkldnn()).to_dense()
-    return left @ right.T
+        weight = right.contiguous().to_mkldnn()
+        return lambda left: linear(left.contiguous().to_mkldnn(), weight).to_dense()
+    return lambda left: left @ right.T
 
 
 def gram(matrix: Tensor) -> Tensor:

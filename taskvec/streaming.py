@@ -20,7 +20,7 @@ from taskvec import headers
 from taskvec.atomic import sync
 from taskvec.errors import IncompatibleWeights, InvalidInput
 from taskvec.lazy import BLOCK, Array, Lazy, blocks, parallel, units
-from taskvec.mapped import Bytes, Mapped, Stored, check_finite, difference
+from taskvec.mapped import FLOATS, Bytes, Mapped, Stored, check_finite, difference
 
 FLUSH = 64 << 20  # bytes
 MARK = "0" * 64  # stands for the fingerprint until it is known
@@ -253,6 +253,8 @@ def _data(
     """Yield the bytes of a range of elements."""
     if isinstance(tensor, Stored):
         width = headers.BYTES[tensor.dtype]
+        if tensor.dtype in FLOATS:
+            check_finite(tensor.floats(first, last), name, "the input")
         yield tensor.data[first * width : last * width]
         return
     for place, (values,) in blocks([tensor.vector], tensor.name, first, last, block):

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -506,6 +507,8 @@ def test_lists_in_different_calls_are_choices_of_their_own() -> None:
         "c * (dare(mnist, p=[0.5, 0.1, 0.9]) - dare(mnist, p=[0.3, 0.7, 0.95]))",
         "ties(mnist, density=[0.1, 0.5], scope=['flat', 'tensor'], variant=['sum', 'mean'])",
         "lines(dare(dare(ties(mnist, density=[0.2, 0.1]), p=[0.1, 0.2])))",
+        "dare(mnist, p=[0.1, 0.3]) + dare(mnist, p=0.3)",
+        "c * sent + dare(mnist, p=[0.1, 0.3]) - dare(mnist, p=0.3)",
     ],
 )
 def test_alternatives_are_in_normal_form_too(text: str) -> None:
@@ -784,16 +787,34 @@ def test_calls_that_mean_nothing_are_refused_with_the_offending_part(
     assert message in refused(text)
 
 
-def test_methods_that_need_statistics_of_data_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    constant = plugins.constant
+@pytest.fixture
+def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty room of merging methods."""
+    monkeypatch.setattr(plugins, "__file__", str(tmp_path / "plugins.py"))
+    (tmp_path / "merging").mkdir()
+    return tmp_path / "merging"
 
-    def with_statistics(room: str, name: str, key: str, default: Any) -> Any:
-        return ("fisher",) if key == "STATISTICS" else constant(room, name, key, default)
 
-    monkeypatch.setattr(plugins, "constant", with_statistics)
-    assert "average needs statistics of data, which no stage computes" in refused("average(mnist)")
+def test_methods_that_need_statistics_of_data_are_refused(room: Path) -> None:
+    (room / "fisher.py").write_text('STATISTICS = ("fisher",)\ndef fisher(vectors): ...\n')
+    assert "fisher needs statistics of data, which no stage computes" in refused("fisher(mnist)")
+
+
+def test_options_may_be_of_any_type_and_required(room: Path) -> None:
+    signature = "vectors, *, flag: bool = False, level: int, free: str = 'f'"
+    (room / "toy.py").write_text(f"ORDERED = True\nOPERANDS = 2\ndef toy({signature}): ...\n")
+    edit = read("toy(mnist, digits, level=-3, flag=true)")
+    assert str(edit) == 'toy(mnist, digits, flag=true, free="f", level=-3)'
+    assert read(str(edit)) == edit
+    both = read("toy(mnist, digits, level=1, flag=[false, true], free='a.b-c_1')")
+    assert str(both) == 'toy(mnist, digits, flag=[false, true], free="a.b-c_1", level=1)'
+    assert [dict(item.choice) for item in both.alternatives()] == [
+        {"toy.flag": False}, {"toy.flag": True},
+    ]  # fmt: skip
+    assert "toy needs level" in refused("toy(mnist, digits)")
+    assert "flag: expected bool, found 1" in refused("toy(mnist, digits, level=1, flag=1)")
+    assert "toy takes 2 vectors, found 3" in refused("toy(mnist, digits, sent, level=1)")
+    assert "'ties' is no method" in refused("ties(mnist)")
 
 
 def test_random_text_raises_nothing_but_invalid_expression() -> None:

@@ -334,10 +334,21 @@ def test_a_new_merging_method_a_new_method_and_words_rerun_nothing(real: Path) -
 @pytest.mark.parametrize(
     ("name", "old", "new", "stages"),
     [
-        ("taskvec/merging/task_arithmetic.py", "sorted(weights)", "list(weights)", {"combine"}),
+        ("taskvec/merging/task_arithmetic.py", "total(", "sum(", set()),
+        (
+            "taskvec/streaming.py",
+            "needed * 1.01",
+            "needed * 1.02",
+            {"extract", "combine", "search"},
+        ),
         ("tasks/extract.py", "def extract(", "X = 1\n\n\ndef extract(", set()),
         ("taskvec/numeric.py", "set_num_threads(1)", "set_num_threads(2)", set(plan.NAMES)),
-        ("taskvec/checkpoints.py", "hashlib.sha256()", "hashlib.sha512()", set(plan.NAMES)),
+        (
+            "taskvec/headers.py",
+            "digest = hashlib.sha256()",
+            "digest = hashlib.md5()",
+            set(plan.NAMES),
+        ),
     ],
 )
 def test_a_change_of_the_real_code_reruns_exactly_the_stages_that_reach_it(
@@ -348,6 +359,38 @@ def test_a_change_of_the_real_code_reruns_exactly_the_stages_that_reach_it(
     assert old in text
     (real / name).write_text(text.replace(old, new, 1))
     assert stages_changed(before, real_digests(real)) == stages
+
+
+def test_a_merging_method_concerns_the_edits_that_use_it_alone(real: Path) -> None:
+    raw = params.plain(params.read(ROOT / "params.yaml"))
+    edits = raw["edits"]
+    edits["addition"]["expression"] = "c * ties(mnist, digits + textures, dare(faces))"
+    edits["only_mnist"]["expression"] = "c * dare(mnist, p=[0.1, 0.9])"
+    edits["plain_sum"]["expression"] = "c * slerp(digits, mnist_inverted)"
+
+    def combine() -> dict[str, str]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan, "SOURCES", real)
+            digests: dict[str, str] = plan.code_fingerprints(params.validate(raw))["combine"]
+        return digests
+
+    before = combine()
+    for name, old, new, changed in (
+        ("ties", "agree = values > 0", "agree = values >= 0", {"addition"}),
+        ("dare", "return total(sparse", "return sum(sparse", {"addition", "only_mnist"}),
+        ("dare", "p: Share = 0.5", "p: Share = 0.25", {"addition", "only_mnist"}),
+        ("magnitude", "def trim(", "def trim(_: int, ", {"addition"}),
+        ("slerp", "PARALLEL = 0.9995", "PARALLEL = 0.9", {"plain_sum"}),
+        ("slerp", "ORDERED = True", "ORDERED = False", {"plain_sum"}),
+        ("magmax", "def magmax(", "def magmax(_: int, ", set()),
+    ):
+        path = real / f"taskvec/merging/{name}.py"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        after = combine()
+        assert {edit for edit in before if after[edit] != before[edit]} == changed, (name, old)
+        path.write_text(text)
 
 
 def test_a_data_adapter_concerns_its_own_tasks_alone(real: Path) -> None:

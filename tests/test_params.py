@@ -83,7 +83,7 @@ def test_good_parameters_are_read(tmp_path: Path) -> None:
     assert found.seeds == [0, 1]
     assert list(found.tasks) == ["mnist", "digits"]
     assert found.model.options == {"ridge": 1}
-    assert found.parse("addition").basis == {"c": {"digits": 1.0, "mnist": 1.0}}
+    assert str(found.parse("addition")) == "c * (digits + mnist)"
     assert found.parse("addition").coefficients == ("c",)
 
 
@@ -315,6 +315,39 @@ def test_too_many_combinations_of_coefficients_are_refused(tmp_path: Path) -> No
     text = changed("select: largest", "select: best").replace(RANGE, f"c: {TWO}\n      d: {TWO}")
     message = "params.yaml:51: edits.addition.coefficients: 10201 combinations of coefficients"
     assert message in refused(tmp_path, text)
+
+
+def test_edits_may_use_methods_and_lists_of_values(tmp_path: Path) -> None:
+    text = changed("c * (mnist + digits)", "c * ties(*, density=[0.1, 0.2])")
+    edit = read(tmp_path, text).parse("addition")
+    assert edit.vectors == ("digits", "mnist")
+    assert edit.choices == {"ties.density": (0.1, 0.2)}
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("ties(c * mnist)", "the coefficient 'c' stands inside a method"),
+        ("c * tees(mnist)", "did you mean 'ties'"),
+        ("c * ties(mnist, density=2)", "expected a number above 0 and at most 1, found 2"),
+        ("c * ties(minst)", "'minst' is neither a task nor a coefficient with a range"),
+        ("c * ties(mnist, d * digits)", "a coefficient needs a range: edits.addition.coefficients"),
+    ],
+)
+def test_mistakes_inside_methods_are_named_with_their_line(
+    tmp_path: Path, expression: str, message: str
+) -> None:
+    found = refused(tmp_path, changed("c * (mnist + digits)", expression))
+    assert "params.yaml:50: edits.addition.expression: " in found
+    assert message in found
+
+
+def test_coefficients_and_options_together_are_limited(tmp_path: Path) -> None:
+    seeds = ", ".join(map(str, range(50)))
+    text = changed("c * (mnist + digits)", f"c * dare(mnist + digits, seed=[{seeds}])")
+    assert read(tmp_path, text.replace("points: 21", "points: 200")).edits
+    message = "201 combinations of coefficients times 50 of options; at most 10000"
+    assert message in refused(tmp_path, text.replace("points: 21", "points: 201"))
 
 
 def test_several_mistakes_are_named_at_once(tmp_path: Path) -> None:

@@ -460,7 +460,7 @@ def test_a_wrong_number_of_words_shows_the_usage(checkout: Path, words: list[str
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("code.yaml", "combine: ", "combine: 0"),
+        ("code.yaml", "combine:\n  addition: ", "combine:\n  addition: 0"),
         ("params.yaml", "expression: c * (mnist + digits", "expression: c * (digits + digits"),
     ],
 )

@@ -269,6 +269,33 @@ def write_reports(artifacts: Artifacts, checked: Params) -> None:
         report(artifacts, page=page, params=checked, emit=lambda progress: None)
 
 
+def test_a_search_over_options_shows_what_was_chosen(tmp_path: Path) -> None:
+    raw = raw_params()
+    raw["edits"]["sum"]["expression"] = "c * ties(mnist, digits, density=[0.2, 1.0])"
+    artifacts = experiment(tmp_path, raw)
+    options = {"option.ties.density": 0.2, "option.ties.variant": "sum", "option.toy.flag": True}
+    for seed in raw["seeds"]:
+        table, chosen = search_table(raw["edits"]["sum"])
+        good = table.assign(**options)
+        worse = table.assign(
+            point=table["point"] + 11, objective=table["objective"] / 2, chosen=False,
+            **{**options, "option.ties.density": 1.0},
+        )  # fmt: skip
+        both = pd.concat([worse, good])
+        tables.write(artifacts.search_table("sum", seed), both, tables.Search)
+        write_text(artifacts.coefficients("sum", seed), json.dumps(chosen | options))
+    checked = params.validate(raw)
+    run = findings.gather(artifacts, checked, 3)
+    words = "ties.density = 0.2, ties.variant = sum, toy.flag = True"
+    value = next(v for name, v in chosen.items() if name.startswith("coefficient."))
+    assert run.coefficients("sum") == f"c = {value:g}, {words}"
+    assert run.chosen_search("sum")["objective"].tolist() == table["objective"].tolist()
+    assert len(run.chosen_search("forget")) == len(run.searches["forget"]) == 11
+    write_reports(artifacts, checked)
+    assert words in html.unescape(artifacts.report().read_text())
+    assert "ties.density = 0.2" in artifacts.results().read_text()
+
+
 # Figures.
 
 

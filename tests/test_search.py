@@ -66,6 +66,39 @@ def test_the_order_of_the_candidates_does_not_matter(
     assert chosen(candidates, *rule) == chosen(shuffled, *rule)
 
 
+@given(
+    st.lists(
+        st.builds(
+            Candidate,
+            st.fixed_dictionaries({"c": st.sampled_from([0.0, 0.5])}),
+            st.fixed_dictionaries({"new": SHARES, "old": SHARES}),
+            st.fixed_dictionaries(
+                {"ties.density": st.sampled_from([0.2, 1.0]), "x.way": st.sampled_from("ab")}
+            ),
+        ),
+        min_size=1,
+        unique_by=lambda item: (item.coefficients["c"], *sorted(item.choice.items())),
+    ),
+    RULES,
+    st.randoms(use_true_random=False),
+)
+def test_the_order_of_the_options_does_not_matter_either(
+    candidates: list[Candidate], rule: tuple[Objective, Constraint | None, str], random: object
+) -> None:
+    shuffled = list(candidates)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    one, other = (found[decide(found, *rule, REFERENCES)] for found in (candidates, shuffled))
+    assert one == other
+
+
+def test_ties_between_options_go_to_the_text_that_comes_first() -> None:
+    same = {"new": 0.7, "old": 0.5}
+    candidates = [Candidate({"c": c}, same, {"p": p}) for c in (0.5, 0.2) for p in (0.9, 0.5)]
+    assert candidates[decide(candidates, LEARN, None, "best", REFERENCES)] == candidates[3]
+    better = [*candidates, Candidate({"c": 1.0}, {"new": 0.8, "old": 0.5}, {"p": 0.9})]
+    assert better[decide(better, LEARN, None, "best", REFERENCES)] == better[4]
+
+
 @given(searches(), RULES)
 def test_nothing_allowed_beats_what_is_chosen(
     candidates: list[Candidate], rule: tuple[Objective, Constraint | None, str]

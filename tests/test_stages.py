@@ -21,8 +21,12 @@ from flows import plan
 from tasks import stages
 from tasks.artifacts import Artifacts
 from tasks.inputs import architecture
-from taskvec import checkpoints, params, tables
+from taskvec import checkpoints, headers, params, streaming, tables
+from taskvec.edits import at, evaluate
 from taskvec.errors import InvalidInput, MissingArtifact, TaskvecError
+from taskvec.lazy import Lazy, materialize
+from taskvec.mapped import StoredVector, open_weights
+from taskvec.merging.ties import ties
 from taskvec.params import Params
 from tests.test_models import QUICK, TINY, install, register_tiny_models, write_tiny_weights
 
@@ -166,7 +170,7 @@ def pictures_file(seed: int, shift: int) -> bytes:
 
 
 def experiment(model: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
-    """Return the contents of a params.yaml with two tasks of two kinds and three edits."""
+    """Return the contents of a params.yaml with two tasks of two kinds and four edits."""
     sizes = {"train": 24, "validation": 12, "test": 15}
     templates = ["a photo of a {} thing.", "{}"]
     heads = {"text": {"templates": templates}, "prototypes": {}}
@@ -216,6 +220,12 @@ def experiment(model: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
                 "select": "largest",
                 "evaluate": both,
             },
+            "merged": {
+                "expression": "c * ties(*, density=[0.2, 1.0]) + dare(0.1 * shifted, p=0.5)",
+                "coefficients": {"c": unit},
+                "objective": {"maximize": "normalized_accuracy", "tasks": both},
+                "evaluate": both,
+            },
         },
     }  # fmt: skip
 
@@ -232,7 +242,7 @@ ORDER = [
     *[
         (stage, f"{edit}-{SEED}")
         for stage in ("combine", "search", "evaluate")
-        for edit in ("same", "both", "forget")
+        for edit in ("same", "both", "forget", "merged")
     ],
 ]
 
@@ -362,13 +372,109 @@ def test_an_edit_is_the_sum_of_its_vectors_at_the_chosen_coefficients(
 
 
 def test_the_search_and_the_evaluation_of_its_choice_agree(done: Artifacts) -> None:
-    for edit, tasks in (("both", ["straight", "shifted"]), ("forget", ["straight", "shifted"])):
+    for edit in ("both", "forget", "merged"):
         table = tables.read(done.search_table(edit, SEED), tables.Search)
         (row,) = table[table["chosen"]].to_dict("records")
         found = tables.read(done.evaluation(edit, SEED), tables.Evaluation)
-        for task in tasks:
+        for task in ("straight", "shifted"):
             place = (found["task"] == task) & (found["split"] == "validation")
             assert found[place]["accuracy"].tolist() == [row[f"accuracy.{task}"]]
+
+
+def operands(artifacts: Artifacts) -> dict[str, Lazy]:
+    tasks = ("straight", "shifted")
+    return {task: StoredVector(open_weights(artifacts.vector(task, SEED))) for task in tasks}
+
+
+def test_an_option_with_several_values_gives_a_basis_a_value(
+    setting: Params, done: Artifacts
+) -> None:
+    recipe = setting.parse("merged")
+    basis = checkpoints.load(done.basis("merged", SEED), "basis")
+    assert basis.metadata["choices"] == [{"ties.density": 0.2}, {"ties.density": 1.0}]
+    assert basis.metadata["coefficients"] == ["c"]
+    assert basis.metadata["expression"] == str(recipe)
+    assert basis.metadata["digest"] == recipe.digest
+    assert set(basis.metadata["operands"]) == {"straight", "shifted"}
+    expected: dict[str, Any] = {}
+    for number, density in enumerate((0.2, 1.0)):
+        merged = materialize(ties(dict(sorted(operands(done).items())), density=density))
+        expected |= {f"{number}.basis.c.{name}": value for name, value in merged.items()}
+        alternative = recipe.alternatives()[number]
+        assert alternative.offset is not None
+        rest = materialize(evaluate(alternative.offset, operands(done)))
+        expected |= {f"{number}.offset.{name}": value for name, value in rest.items()}
+    assert basis.tensors.keys() == expected.keys()
+    for name, value in basis.tensors.items():
+        assert value.numpy().tobytes() == expected[name].tobytes()
+    kept = [bool(basis.tensors[f"{i}.basis.c.visual.conv1.weight"].all()) for i in (0, 1)]
+    assert kept == [False, True]
+
+
+def test_a_search_tries_every_coefficient_with_every_option(
+    setting: Params, done: Artifacts, tmp_path: Path
+) -> None:
+    table = tables.read(done.search_table("merged", SEED), tables.Search)
+    assert table["option.ties.density"].tolist() == [0.2, 0.2, 0.2, 1.0, 1.0, 1.0]
+    assert table["coefficient.c"].tolist() == [0.0, 0.5, 1.0] * 2
+    (row,) = table[table["chosen"]].to_dict("records")
+    summary = json.loads(done.coefficients("merged", SEED).read_text())
+    assert summary["option.ties.density"] == row["option.ties.density"]
+    assert summary["coefficient.c"] == row["coefficient.c"]
+    assert summary["evaluated"] == 6
+    model = checkpoints.load(done.edited("merged", SEED), "checkpoint")
+    assert model.metadata["choice"] == {"ties.density": row["option.ties.density"]}
+    assert model.metadata["coefficients"] == {"c": row["coefficient.c"]}
+    (alternative,) = (
+        item
+        for item in setting.parse("merged").alternatives()
+        if dict(item.choice) == model.metadata["choice"]
+    )
+    vector = at(alternative, model.metadata["coefficients"], operands(done))
+    mark = streaming.apply(open_weights(done.pretrained()), vector, tmp_path / "x")
+    assert mark == model.fingerprint
+
+
+def test_every_candidate_of_a_search_is_the_model_that_it_says(
+    setting: Params, done: Artifacts, tmp_path: Path
+) -> None:
+    table = tables.read(done.search_table("merged", SEED), tables.Search)
+    tower, task = architecture(setting.model), "shifted"
+    classifier = checkpoints.load(done.head(task), "head").tensors["head"]
+    data = checkpoints.load(done.images(task, "validation"), "images").tensors
+    for row in table.to_dict("records"):
+        (alternative,) = (
+            item
+            for item in setting.parse("merged").alternatives()
+            if item.choice["ties.density"] == row["option.ties.density"]
+        )
+        vector = at(alternative, {"c": row["coefficient.c"]}, operands(done))
+        streaming.apply(open_weights(done.pretrained()), vector, tmp_path / "x")
+        tower.load(state(tmp_path / "x"))
+        with torch.inference_mode():
+            found = (tower.features(data["images"]).cpu() @ classifier.T).argmax(1)
+        assert float((found == data["labels"]).float().mean()) == pytest.approx(
+            row[f"accuracy.{task}"]
+        )
+
+
+def test_the_search_finds_the_better_option(raw: dict[str, Any], fresh: Artifacts) -> None:
+    other = copy.deepcopy(raw)
+    edit = other["edits"]["merged"]
+    # One of the options undoes the fine-tuning, the other keeps it.
+    edit["expression"] = "c * lines(straight, alpha=[0.0, 1.0])"
+    edit["coefficients"] = {"c": {"low": 1, "high": 1, "points": 1}}
+    edit["objective"] = {"minimize": "accuracy", "tasks": ["straight"]}
+    setting = params.validate(other)
+    for stage in ("combine", "search"):
+        stages.run(stage, f"merged-{SEED}", setting, fresh, quiet)
+    table = tables.read(fresh.search_table("merged", SEED), tables.Search)
+    accuracy = dict(zip(table["option.lines.alpha"], table["accuracy.straight"], strict=True))
+    own = tables.read(fresh.evaluation("straight", SEED), tables.Evaluation)
+    own = own[own["split"] == "validation"].set_index("model")["accuracy"]
+    assert accuracy == {0.0: own["pretrained"], 1.0: own["finetuned"]}
+    (row,) = table[table["chosen"]].to_dict("records")
+    assert row["accuracy.straight"] == min(accuracy.values())
 
 
 def test_a_tasks_own_recipe_overrides_the_shared_one(done: Artifacts) -> None:
@@ -382,7 +488,8 @@ def test_progress_is_told_from_the_first_step_to_the_last(
     setting: Params, fresh: Artifacts
 ) -> None:
     for stage, item, count in (("fine_tune", "straight", 5), ("search", "both", 9),
-                               ("evaluate", "straight", 4), ("evaluate", "both", 4)):  # fmt: skip
+                               ("search", "merged", 6), ("evaluate", "straight", 4),
+                               ("evaluate", "both", 4)):  # fmt: skip
         told: list[stages.Progress] = []
         stages.run(stage, f"{item}-{SEED}", setting, fresh, told.append)
         assert [(p["step"], p["steps"]) for p in told] == [(i + 1, count) for i in range(count)]
@@ -409,13 +516,13 @@ def test_another_seed_gives_another_model_in_files_of_its_own(
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> None:
     """Change tensors and metadata of a file as another program could have written them."""
-    kind = checkpoints.read_header(path)["__metadata__"][checkpoints.METADATA_KEY]
+    kind = headers.read_header(path)["__metadata__"][headers.METADATA_KEY]
     loaded = checkpoints.load(path, json.loads(kind)["kind"])
     tensors, metadata = dict(loaded.tensors), dict(loaded.metadata)
     change(tensors, metadata)
     metadata["fingerprint"] = checkpoints.fingerprint(tensors)
-    sealed = {**metadata, checkpoints.SEAL: checkpoints._seal(metadata)}
-    save_file(tensors, path, {checkpoints.METADATA_KEY: checkpoints._canonical(sealed)})
+    sealed = {**metadata, headers.SEAL: headers.seal(metadata)}
+    save_file(tensors, path, {headers.METADATA_KEY: headers.canonical(sealed)})
 
 
 def first(tensors: dict[str, Tensor]) -> str:
@@ -501,10 +608,11 @@ def test_evaluate_refuses_a_model_that_does_not_fit(
 def test_combine_refuses_vectors_that_do_not_fit_together(
     change: Any, setting: Params, fresh: Artifacts
 ) -> None:
-    remove(fresh.basis("forget", SEED), fresh.basis("both", SEED))
+    edits = ("both", "forget", "merged")
+    remove(*(fresh.basis(edit, SEED) for edit in edits))
     rewrite(fresh.vector("shifted", SEED), change)
-    assert_refused("combine", f"both-{SEED}", setting, fresh)
-    assert_refused("combine", f"forget-{SEED}", setting, fresh)
+    for edit in edits:
+        assert_refused("combine", f"{edit}-{SEED}", setting, fresh)
 
 
 @pytest.mark.parametrize("change", [c for c in CHANGES if c is not another_origin])

@@ -156,6 +156,39 @@ def test_integers_may_stand_for_floats() -> None:
     assert checked["coefficient.c"].tolist() == [0.0, 1.0]
 
 
+OPTIONS = {
+    "option.ties.density": [0.1, 0.25],
+    "option.ties.variant": ["sum", "nan"],
+    "option.dare.seed": [-1, 12],
+    "option.some.flag": [True, False],
+}
+
+
+def test_a_search_may_have_columns_of_options_of_any_type(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    write(path, table(Search).assign(**OPTIONS), Search)
+    found = read(path, Search)
+    for name, values in OPTIONS.items():
+        assert found[name].tolist() == values
+        assert [type(value) for value in found[name]] == [type(value) for value in values]
+    first = path.read_bytes()
+    write(path, found, Search)
+    assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("option.ties.density", [0.1, None], r"places; the first|is None|is nan in row 1"),
+        ("option.", [0.1, 0.2], "option"),
+        ("options.density", [0.1, 0.2], "options.density"),
+    ],
+)
+def test_columns_of_options_are_checked(name: str, values: list[Any], message: str) -> None:
+    with pytest.raises(InvalidData, match=message):
+        check(table(Search).assign(**{name: values}), Search, "table.csv")
+
+
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     write(path, table(Training), Training)

@@ -1,6 +1,11 @@
 """Laws of task vectors: exact where IEEE arithmetic is exact, up to rounding elsewhere."""
 
+import json
 import math
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from taskvec.checkpoints import fingerprint, load, save, tied
 from taskvec.errors import IncompatibleWeights
+from taskvec.lazy import materialize
 from taskvec.merging.task_arithmetic import task_arithmetic
 from taskvec.vectors import TaskVector
 
@@ -136,7 +143,7 @@ def test_operations_leave_their_operands_as_they_are(
     kept = TaskVector({name: value.clone() for name, value in tau.tensors.items()}, ORIGIN)
     tau.apply(pretrained, coefficient)
     assert -tau + tau - coefficient * tau is not None
-    task_arithmetic({"a": tau, "b": tau}, {"a": 1.0, "b": coefficient})
+    materialize(task_arithmetic({"a": tau.lazy(), "b": tau.lazy()}))
     assert equal(tau, kept)
     for state, copy in zip(pair, before, strict=True):
         assert all(torch.equal(state[name], value) for name, value in copy.items())
@@ -285,34 +292,129 @@ def test_a_vector_does_not_apply_to_another_architecture() -> None:
         vector(a=[1.0]).apply(PRETRAINED)
 
 
+# Ties, defaults and files
+
+
+def test_by_default_all_floating_tensors_are_edited_and_the_origin_is_measured() -> None:
+    pretrained = {"w": torch.ones(2), "h": torch.ones(2).half(), "count": torch.tensor(3)}
+    finetuned = {"w": torch.zeros(2), "h": torch.zeros(2).half(), "count": torch.tensor(3)}
+    tau = TaskVector.between(pretrained, finetuned)
+    assert list(tau.tensors) == ["h", "w"]
+    assert tau.origin == fingerprint(pretrained)
+    with pytest.raises(IncompatibleWeights, match=r"1 frozen tensors changed .*first: 'count'"):
+        TaskVector.between(pretrained, {**finetuned, "count": torch.tensor(4)})
+
+
+def tied_model(value: float) -> dict[str, Tensor]:
+    shared = torch.full((2, 2), value)
+    return {"head": shared, "embedding": shared, "bias": torch.zeros(2)}
+
+
+def test_a_tied_tensor_is_in_a_vector_once_and_stays_tied_in_the_edited_model() -> None:
+    pretrained, finetuned = tied_model(1.0), tied_model(3.0)
+    tau = TaskVector.between(pretrained, finetuned)
+    assert list(tau.tensors) == ["bias", "embedding"]
+    assert equal(tau, TaskVector.between(pretrained, finetuned, "", ["head", "bias"]))
+    edited = tau.apply(pretrained, 0.5)
+    assert edited["head"] is edited["embedding"]
+    assert edited["head"].tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    assert tied(edited) == {"head": "embedding"}
+    assert list(edited) == list(pretrained)
+
+
+def test_checkpoints_that_are_tied_differently_are_refused() -> None:
+    untied = {name: value.clone() for name, value in tied_model(3.0).items()}
+    for pair in ((tied_model(1.0), untied), (untied, tied_model(1.0))):
+        with pytest.raises(IncompatibleWeights, match="'head' is tied .* only one of the two"):
+            TaskVector.between(*pair)
+
+
 @law
-@given(vectors(3), st.lists(COEFFICIENTS, min_size=3, max_size=3), st.permutations("abc"))
-def test_the_order_of_the_tasks_does_not_change_a_bit(
-    three: list[TaskVector], weights: list[float], order: list[str]
+@given(vectors(1))
+def test_a_vector_survives_its_file(
+    tmp_path_factory: pytest.TempPathFactory, one: list[TaskVector]
 ) -> None:
-    found = dict(zip("abc", three, strict=True))
-    scale = dict(zip("abc", weights, strict=True))
-    expected = task_arithmetic(found, scale)
-    shuffled = task_arithmetic({n: found[n] for n in order}, {n: scale[n] for n in order})
-    for name, value in expected.tensors.items():
-        assert value.numpy().tobytes() == shuffled.tensors[name].numpy().tobytes()
+    (a,) = one
+    path = tmp_path_factory.mktemp("vector") / "v.safetensors"
+    mark = a.save(path, task="mnist")
+    again = TaskVector.load(path)
+    assert equal(again, a)
+    assert again.origin == a.origin == ORIGIN
+    assert load(path, "vector").metadata["task"] == "mnist"
+    assert load(path, "vector").fingerprint == mark
+
+
+def test_a_checkpoint_is_no_vector(tmp_path: Path) -> None:
+    save(tmp_path / "x", {"w": torch.ones(1)}, "checkpoint")
+    with pytest.raises(IncompatibleWeights, match="holds a 'checkpoint', expected a 'vector'"):
+        TaskVector.load(tmp_path / "x")
 
 
 @law
-@given(vectors(3), st.lists(COEFFICIENTS, min_size=3, max_size=3))
-def test_task_arithmetic_is_the_weighted_sum(three: list[TaskVector], weights: list[float]) -> None:
-    merged = task_arithmetic(
-        dict(zip("abc", three, strict=True)), dict(zip("abc", weights, strict=True))
-    )
-    for name, value in merged.tensors.items():
-        parts = zip(weights, three, strict=True)
-        naive = sum(weight * tau.tensors[name].double() for weight, tau in parts)
-        torch.testing.assert_close(value.double(), naive, rtol=1e-5, atol=5e-3)
-        assert value.dtype == torch.float32
+@given(vectors(1))
+def test_a_vector_becomes_lazy_and_held_without_a_copy(one: list[TaskVector]) -> None:
+    (a,) = one
+    lazy = a.lazy()
+    assert dict(lazy.shapes) == {name: tuple(value.shape) for name, value in a.tensors.items()}
+    again = TaskVector.held(materialize(lazy), ORIGIN)
+    assert equal(again, a)
+    for name, value in a.tensors.items():
+        if value.numel():
+            assert np.shares_memory(lazy.block(name, 0, value.numel()), value.numpy())
+    arrays = materialize(lazy)
+    held = TaskVector.held(arrays, ORIGIN)
+    for name, value in held.tensors.items():
+        assert value.shape == a.tensors[name].shape
+        assert not value.numel() or np.shares_memory(value.numpy(), arrays[name])
 
 
-def test_task_arithmetic_uses_only_the_vectors_that_have_a_weight() -> None:
-    a, b = vector(w=[1.0]), vector(w=[5.0])
-    assert equal(task_arithmetic({"a": a, "b": b}, {"a": 3.0}), vector(w=[3.0]))
-    with pytest.raises(IncompatibleWeights):
-        task_arithmetic({"a": a, "b": TaskVector(b.tensors, "f" * 64)}, {"a": 1.0, "b": 1.0})
+def test_a_lazy_vector_is_float32_whatever_the_tensors_are() -> None:
+    half = TaskVector({"w": torch.nn.Parameter(torch.ones(2, dtype=torch.float16))}, ORIGIN)
+    assert half.lazy().block("w", 0, 2).dtype == np.float32
+    turned = TaskVector({"w": torch.arange(6.0).reshape(2, 3).T}, ORIGIN)
+    assert materialize(turned.lazy())["w"].tolist() == turned.tensors["w"].tolist()
+
+
+# Task arithmetic as a merging method
+
+
+def merged(vectors: Mapping[str, TaskVector]) -> TaskVector:
+    lazy = task_arithmetic({name: tau.lazy() for name, tau in vectors.items()})
+    return TaskVector.held(materialize(lazy), ORIGIN)
+
+
+@law
+@given(vectors(3))
+def test_task_arithmetic_is_the_sum_in_the_order_given(three: list[TaskVector]) -> None:
+    a, b, c = three
+    assert equal(merged({"a": a, "b": b, "c": c}), (a + b) + c)
+    assert equal(merged({"c": c, "b": b, "a": a}), (c + b) + a)
+    assert equal(merged({"b": b}), b)
+
+
+def test_vectors_of_different_shapes_do_not_merge() -> None:
+    with pytest.raises(IncompatibleWeights, match=r"'w' has the shape \(1,\) .* and \(2,\)"):
+        merged({"a": vector(w=[1.0]), "b": vector(w=[1.0, 2.0])})
+    with pytest.raises(IncompatibleWeights, match=r"1 only in some of them \(first: 'x'\)"):
+        merged({"a": vector(w=[1.0]), "b": vector(w=[1.0], x=[1.0])})
+
+
+# The core is small
+
+
+def test_importing_the_algebra_imports_torch_and_safetensors_and_nothing_else() -> None:
+    code = """
+import json, sys
+import torch, safetensors, safetensors.torch
+before = set(sys.modules)
+import taskvec.vectors
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    new = set(json.loads(done.stdout))
+    ours = {"", ".atomic", ".checkpoints", ".errors", ".headers", ".vectors"}
+    assert {name for name in new if name.partition(".")[0] == "taskvec"} == {
+        f"taskvec{name}" for name in ours
+    }
+    others = {name.partition(".")[0] for name in new} - {"taskvec"}
+    assert others <= set(sys.stdlib_module_names)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from taskvec.errors import InvalidInput
 from taskvec.lazy import Lazy
-from taskvec.spectral import Matrices, Stack, joined, leading
+from taskvec.spectral import Matrices, Stack, joined, leading, product
 
 ROUNDING = 1e-5  # of a matrix's norm: what float32 leaves of a matrix that lies in the common space
 
@@ -47,5 +47,7 @@ def iso_cts(vectors: Mapping[str, Lazy], *, common: float = 0.8) -> Lazy:
 
 def _beside(span: Tensor | None, matrix: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the largest singular values of what a matrix has outside of a span (m, k)."""
-    rest = matrix if span is None else matrix - span @ (span.T @ matrix)
+    rest = matrix
+    if span is not None:
+        rest = matrix - product(span, product(matrix.T, span.T))
     return leading(rest, number, ROUNDING * float(torch.linalg.vector_norm(matrix)))

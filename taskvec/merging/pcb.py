@@ -90,9 +90,7 @@ Score = Callable[[list[Array], Sequence[_Span], int], Array]
 
 
 def _flat(parts: list[Array], spans: Sequence[_Span], task: int) -> Array:
-    total = parts[0].copy()
-    for part in parts[1:]:
-        np.add(total, part, out=total)
+    total = lazy.added(parts)
     np.multiply(total, parts[task], out=total)
     return _weighed(np.tanh(total, out=total), parts, spans, task)
 

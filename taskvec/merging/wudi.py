@@ -1,5 +1,6 @@
 """WUDI: the vector that interferes least with each task (Cheng et al., arXiv:2503.08099)."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from taskvec.errors import InvalidInput
 from taskvec.lazy import Lazy
-from taskvec.spectral import SMALL, Matrices, Stack, gram, product
+from taskvec.spectral import SMALL, Matrices, Stack, gram, product, times
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -31,8 +32,8 @@ def wudi(vectors: Mapping[str, Lazy], *, steps: int = 300, learning_rate: float 
     """
     if steps < 0:
         raise InvalidInput(f"steps {steps}: expected 0 or more")
-    if not learning_rate > 0:
-        raise InvalidInput(f"learning_rate {learning_rate}: expected a number above 0")
+    if not 0 < learning_rate < math.inf:
+        raise InvalidInput(f"learning_rate {learning_rate}: expected a finite number above 0")
 
     def merge(stack: Stack) -> Tensor:
         dtype = torch.float64 if min(stack.shape) <= SMALL else torch.float32
@@ -65,10 +66,11 @@ def _gradient(stack: Stack, start: Tensor, dtype: torch.dtype) -> Callable[[Tens
             square += own
             slope += product(others, own)
     if not wide:
-        return lambda rho: (product(rho, square) + slope) * 2
+        turned = times(square)
+        return lambda rho: (turned(rho) + slope) * 2
     down = torch.cat(units)
-    across = down.T.contiguous()
-    return lambda rho: (product(product(rho, down), across) + slope) * 2
+    inward, outward = times(down), times(down.T.contiguous())
+    return lambda rho: (outward(inward(rho)) + slope) * 2
 
 
 def _adam(
