@@ -1,6 +1,7 @@
 """What the commands `edit`, `merge`, `similarity` and `import` do."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,6 +122,8 @@ def similarity(
 
 def merge(config: Path, out: Path, fingerprints: bool) -> None:
     """Run a mergekit configuration as it stands."""
+    # numpy's BLAS is not used here, and its threads take time to start.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from taskvec import mergekit
     from taskvec.allocation import keep_freed_memory
 

@@ -33,6 +33,7 @@ BLOCK = 1 << 16  # elements: 256 KiB, a handful of which fit into the cache of o
 UNIT = 1 << 20  # elements that a worker takes at a time
 LARGEST = float(np.finfo(np.float32).max)
 HELD = 1 << 23  # elements that a selection may hold at once: 32 MiB
+SAMPLE = 256  # elements of each block that a selection looks at first
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _workers = len(os.sched_getaffinity(0))
@@ -140,26 +141,26 @@ def combination(terms: Iterable[tuple[Lazy, float]]) -> Lazy:
     for _, weight in pairs:
         if not abs(weight) <= LARGEST:
             raise InvalidInput(f"the weight {weight:g} of a vector is no finite float32")
-    weights = [np.float32(weight) for _, weight in pairs]
-
-    def add(name: str, start: int, parts: list[Array]) -> Array:
-        del name, start
-        total = parts[0] * weights[0]
-        for part, weight in zip(parts[1:], weights[1:], strict=True):
-            np.add(total, part if weight == 1 else part * weight, out=total)
-        return total
-
-    return _Combination([vector for vector, _ in pairs], [weight for _, weight in pairs], add)
+    return _Combination([vector for vector, _ in pairs], [weight for _, weight in pairs])
 
 
-class _Combination(Blockwise):
+class _Combination(Lazy):
     """A weighted sum, which knows its weights."""
 
-    def __init__(
-        self, operands: Sequence[Lazy], weights: Sequence[float], function: Function
-    ) -> None:
-        super().__init__(operands, function)
+    def __init__(self, operands: Sequence[Lazy], weights: Sequence[float]) -> None:
+        check_shapes(operands)
+        super().__init__(operands[0].shapes, operands)
         self._weights = tuple(weights)
+        self._factors = [np.float32(weight) for weight in weights]
+
+    def block(self, name: str, start: int, stop: int) -> Array:
+        """Add one operand after the other, each while it lies in the cache."""
+        total = self.operands[0].block(name, start, stop) * self._factors[0]
+        product = np.empty_like(total)
+        for operand, factor in zip(self.operands[1:], self._factors[1:], strict=True):
+            part = operand.block(name, start, stop)
+            np.add(total, np.multiply(part, factor, out=product), out=total)
+        return total
 
     @property
     def weight(self) -> float:
@@ -314,11 +315,14 @@ def gram(vectors: Sequence[Lazy]) -> dict[str, npt.NDArray[np.float64]]:
 def order_statistics(vector: Lazy, positions: Sequence[int]) -> list[float]:
     """Return the elements that would stand at ``positions`` if all of them were sorted ascending.
 
-    Exact, with bounded memory and two passes for each position: the first counts elements by the
-    upper half of their bits (in an order-preserving form), the second by the lower half of those
-    that share the upper half wanted. Nothing is sorted and nothing is copied whole.
+    Exact, with bounded memory; nothing is sorted and nothing is copied whole. A sample says between
+    which two values an element is; one pass counts what lies below and keeps what lies between.
+    If the sample misleads, or too much lies between, two passes count elements by the upper half
+    of their bits (in an order-preserving form), then by the lower half of those that share the
+    upper half wanted.
     """
-    return [_radix(vector, all_units([vector]), position) for position in positions]
+    work = all_units([vector])
+    return [_selected(vector, work, position) for position in positions]
 
 
 def tensor_order_statistics(
@@ -350,6 +354,57 @@ def tensor_order_statistics(
 def row_order_statistics(values: npt.NDArray[np.float32], position: int) -> Array:
     """Return the element at ``position`` of every row (R, C), sorted ascending: (R, 1)."""
     return np.partition(values, position, axis=1)[:, position : position + 1]
+
+
+def _selected(vector: Lazy, work: Sequence[Unit], position: int) -> float:
+    number = sum(stop - start for _, start, stop in work)
+    if number > HELD and all(vector.grain(name) == 1 for name in vector.shapes):
+        found = _between(vector, work, position, *_bracket(vector, work, position / number))
+        if found is not None:
+            return found
+    return _radix(vector, work, position)
+
+
+def _bracket(vector: Lazy, work: Sequence[Unit], share: float) -> tuple[np.float32, np.float32]:
+    """Return two values between which the quantile ``share`` is likely to lie, by a sample."""
+
+    def sample(unit: Unit) -> Array:
+        name, start, stop = unit
+        places = range(start, stop, BLOCK)
+        parts = [vector.block(name, low, min(low + SAMPLE, stop)) for low in places]
+        return np.concatenate(parts)
+
+    values = np.sort(np.concatenate(list(parallel(sample, work))))
+    number = sum(stop - start for _, start, stop in work)
+    slip = min(max(0.01, 4 * len(values) ** -0.5), HELD / 4 / number)
+    low, high = (int((share + side * slip) * len(values)) for side in (-1, 1))
+    least = values[low] if low > 0 else np.float32(-np.inf)
+    return least, values[high] if high < len(values) else np.float32(np.inf)
+
+
+def _between(
+    vector: Lazy, work: Sequence[Unit], position: int, low: np.float32, high: np.float32
+) -> float | None:
+    """Return the element at a position if it lies between two values, as at most HELD do."""
+    kept: list[int] = []  # how many, unit by unit
+
+    def look(unit: Unit) -> tuple[int, Array]:
+        below, parts = 0, [np.zeros(0, np.float32)]
+        for _, (values,) in blocks([vector], *unit):
+            less = values < low
+            below += int(np.count_nonzero(less))
+            if sum(kept) <= HELD:
+                parts.append(values[(values <= high) & ~less])
+        kept.append(sum(map(len, parts)))
+        return below, np.concatenate(parts)
+
+    found = list(parallel(look, work))
+    place = position - sum(count for count, _ in found)
+    inside = np.concatenate([values for _, values in found])
+    if sum(kept) > HELD or not 0 <= place < len(inside):
+        return None
+    inside.partition(place)
+    return float(inside[place])
 
 
 def _radix(vector: Lazy, work: Sequence[Unit], position: int, workers: int | None = None) -> float:

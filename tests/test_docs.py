@@ -65,6 +65,23 @@ def test_the_readme_holds_the_results_of_the_report_stage() -> None:
     assert with_results(README, results.read_text()) == README
 
 
+def test_every_method_is_described_with_its_options_and_their_defaults() -> None:
+    from taskvec import plugins
+
+    text = (ROOT / "docs/method.md").read_text()
+    described = dict(re.findall(r"^\*\*.*`(\w+)\((.*?)\)`\*\*$", text, re.M))
+    methods = plugins.names("merging")
+    assert sorted(described) == methods
+    for method in methods:
+        given = dict(re.findall(r"(\w+)=([^,]+)", described[method]))
+        required = {"task": "a"} if method == "tall_mask" else {}
+        options = plugins.complete("merging", method, required)
+        assert given.keys() == options.keys(), method
+        for name, value in options.items():
+            shown = given[name].strip('"')
+            assert shown == value if isinstance(value, str) else float(shown) == value, method
+
+
 def test_constraints_pin_every_dependency_that_is_declared() -> None:
     import tomllib
 

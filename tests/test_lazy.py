@@ -611,3 +611,30 @@ def test_the_number_of_workers_holds_inside_and_is_put_back() -> None:
         assert threads() == 3
         lazy.set_workers(2)
         assert threads() == 2
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "counted"),
+    [("normal", False), ("constant", True), ("misleading", True), ("half zero", True)],
+)
+def test_a_long_vector_is_selected_from_by_a_sample_or_if_it_misleads_by_counting(
+    kind: str, counted: bool, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazy, "HELD", 100_000)
+    rng = np.random.default_rng(0)
+    elements = {
+        "normal": rng.normal(size=200_000),
+        "constant": np.full(200_000, 3.0),
+        "misleading": np.where(np.arange(200_000) % lazy.BLOCK < lazy.SAMPLE, 9.0, rng.random()),
+        "half zero": np.maximum(rng.normal(size=200_000), 0),
+    }[kind].astype(np.float32)
+    vector = lazy.Held({"a": elements[:70_000].reshape(7, -1), "b": elements[70_000:]})
+    asked = []
+    radix = lazy._radix
+    monkeypatch.setattr(lazy, "_radix", lambda *args: asked.append(args) or radix(*args))
+    ordered = np.sort(elements)
+    for position in (0, 1, 60_000, 160_000, 199_999):
+        with lazy.workers(workers):
+            assert lazy.order_statistics(vector, [position]) == [ordered[position]]
+    assert bool(asked) == counted
