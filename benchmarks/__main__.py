@@ -1,4 +1,4 @@
-"""`python -m benchmarks [pipeline|search] [--quick]`: measure, and write docs/benchmarks.md.
+"""`python -m benchmarks [pipeline|search|merging] [--quick]`: measure, write docs/benchmarks.md.
 
 Naming one section measures and replaces only that. ``--quick`` is a smoke test: it measures too
 little to mean anything, prints the sections and writes nothing.
@@ -6,11 +6,13 @@ little to mean anything, prints the sections and writes nothing.
 
 import argparse
 import importlib
+from pathlib import Path
+from typing import Any
 
 from benchmarks.measuring import ROOT
 from taskvec.atomic import write_text
 
-SECTIONS = ("pipeline", "search")
+SECTIONS = ("pipeline", "search", "merging")
 PAGE = ROOT / "docs/benchmarks.md"
 MARK = "<!-- {} -->"
 HEAD = """# Benchmarks
@@ -25,10 +27,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("section", nargs="?", choices=SECTIONS)
     parser.add_argument("--quick", action="store_true", help="smoke test; writes nothing")
+    merging = parser.add_argument_group("merging")
+    merging.add_argument(
+        "--scratch",
+        type=Path,
+        help="directory for generated checkpoints, on a disk; default: TMPDIR",
+    )
+    merging.add_argument(
+        "--mergekit-venv", type=Path, help="environment with mergekit; default: a new one, by pip"
+    )
     arguments = parser.parse_args()
+    options: dict[str, dict[str, Any]] = {
+        "merging": {"scratch": arguments.scratch, "mergekit_venv": arguments.mergekit_venv}
+    }
     sections = read(PAGE.read_text() if PAGE.is_file() else "")
     for name in [arguments.section] if arguments.section else SECTIONS:
-        text = importlib.import_module(f"benchmarks.{name}").measure(quick=arguments.quick)
+        module = importlib.import_module(f"benchmarks.{name}")
+        text = module.measure(quick=arguments.quick, **options.get(name, {}))
         print(f"{text}\n")
         sections[name] = text
         if not arguments.quick:

@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,9 @@ class Times:
         return median(self.seconds)
 
     def cell(self, *, digits: int = 2) -> str:
-        """Return ``median (lowest to highest)`` in seconds, for a table."""
+        """Return ``median (lowest to highest)`` in seconds, for a table; a single time alone."""
+        if len(self.seconds) == 1:
+            return f"{self.median:.{digits}f}"
         low, high = min(self.seconds), max(self.seconds)
         return f"{self.median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
@@ -56,7 +58,9 @@ def ratio(times: Times, base: Times) -> tuple[float, float, float]:
 
 
 def ratio_cell(times: Times, base: Times, *, digits: int = 2) -> str:
-    """Return ``median (lowest to highest)`` of the quotients, for a table."""
+    """Return ``median (lowest to highest)`` of the quotients, for a table; a single one alone."""
+    if len(times.seconds) == 1:
+        return f"{ratio(times, base)[0]:.{digits}f}"
     middle, low, high = ratio(times, base)
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
@@ -66,13 +70,14 @@ def verdict(found: float, target: float) -> str:
     return f"at most {target:g}: {'met' if found <= target else '**missed**'}"
 
 
-def conditions(before: float) -> str:
+def conditions(before: float, packages: Iterable[str] = PACKAGES) -> str:
     """Return when, where and from which code a section was measured.
 
     Args:
         before: the load average of one minute when its measurement began.
+        packages: whose releases matter.
     """
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     cores = len(os.sched_getaffinity(0))
     memory = psutil.virtual_memory().total / 2**30
     return (

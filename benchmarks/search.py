@@ -36,7 +36,7 @@ from benchmarks.measuring import (
 )
 from tasks import inputs
 from tasks.artifacts import Artifacts
-from tasks.combine import BASIS, OFFSET
+from tasks.combine import basis_prefix, offset_prefix
 from taskvec import checkpoints
 from taskvec import params as parameters
 from taskvec.flat import FlatEditor
@@ -266,9 +266,9 @@ def _committed_case(root: Path) -> Case:
     params = parameters.load(root / "params.yaml")
     artifacts, seed = Artifacts(root), params.seeds[0]
     basis = checkpoints.load(artifacts.basis(EDIT, seed), "basis")
-    assert not any(name.startswith(f"{OFFSET}.") for name in basis.tensors)
+    assert not any(name.startswith(offset_prefix(0)) for name in basis.tensors)
     (coefficient,) = basis.metadata["coefficients"]
-    prefix = f"{BASIS}.{coefficient}."
+    prefix = basis_prefix(0, coefficient)
     return Case(
         model=params.model,
         pretrained=checkpoints.load(artifacts.pretrained(), "checkpoint").tensors,
