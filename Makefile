@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo results test check readme bench clean-data
+.PHONY: demo results test check mutate readme bench clean-data
 
 demo: $(READY)  ## the default experiment, its table and its report
 	taskvec run
@@ -26,6 +26,10 @@ check: $(READY)  ## lint, types, import contracts, rendered files
 	mypy
 	lint-imports
 	python -m flows.plan --check
+
+mutate: $(READY)  ## change the code on purpose, see what the tests miss; MODULES=taskvec.vectors
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[mutation]'
+	python -m tests.mutate $(MODULES)
 
 readme: $(READY)  ## copy docs/results/default.md into the README
 	python docs/copy_results.py

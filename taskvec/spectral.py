@@ -153,13 +153,13 @@ def leading(matrix: Tensor, number: int, zero: float = 0.0) -> tuple[Tensor, Ten
     if matrix.shape[0] < matrix.shape[1]:
         right, values, left = leading(matrix.T.contiguous(), number, zero)
         return left, values, right
-    if not matrix.any():
+    scale = _scale(matrix)
+    if not scale:
         rows, columns = matrix.shape
         return torch.zeros(rows, number), torch.zeros(number), torch.zeros(columns, number)
-    scale = _scale(matrix)
     for dtype in _precisions(matrix):
-        tall = matrix.to(dtype) * scale
-        squares, vectors = torch.linalg.eigh(gram(tall.T))
+        tall = _scaled(matrix, scale, dtype)
+        squares, vectors = _eigen(gram(tall.T))
         if _accurate(squares, number):
             right = vectors[:, -number:].flip(1)
             left = product(tall, right.T)
@@ -173,7 +173,7 @@ def leading(matrix: Tensor, number: int, zero: float = 0.0) -> tuple[Tensor, Ten
     return (left * kept).float(), (values * kept).float() / scale, (right * kept).float()
 
 
-def polar(matrix: Tensor) -> tuple[Tensor, float]:
+def polar(matrix: Tensor, zero: float = 0.0) -> tuple[Tensor, float]:
     """Return the polar factor (m, n), in float32, and the mean of all r singular values.
 
     The factor is ``U V^T`` of ``A = U S V^T`` over the singular values that do not count as zero:
@@ -182,35 +182,64 @@ def polar(matrix: Tensor) -> tuple[Tensor, float]:
 
     Args:
         matrix: float32 or float64.
+        zero: singular values up to this count as zero, too.
     """
     if matrix.shape[0] < matrix.shape[1]:
-        factor, mean = polar(matrix.T.contiguous())
+        factor, mean = polar(matrix.T.contiguous(), zero)
         return factor.T, mean
-    if not matrix.any():
-        return torch.zeros(matrix.shape), 0.0
     scale = _scale(matrix)
+    if not scale:
+        return torch.zeros(matrix.shape), 0.0
     for dtype in _precisions(matrix):
-        tall = matrix.to(dtype) * scale
-        square = gram(tall.T)
-        if dtype == torch.float32 and not _promising(square):
+        tall = _scaled(matrix, scale, dtype)
+        squares, vectors = _eigen(gram(tall.T))
+        few = _doubtful(squares)
+        if few > (SMALL if dtype == torch.float32 else 0):
             continue
-        squares, vectors = torch.linalg.eigh(square)
-        if not _accurate(squares, len(squares)):
-            continue
-        kept = squares > ZERO**2 * squares[-1]
-        values = squares.clamp(min=0).sqrt() * kept
-        inverse = 1 / torch.where(kept, values, torch.inf)
-        if _error(values[kept], torch.float32) <= ACCURATE:
+        limit = max(ZERO * float(squares[-1]) ** 0.5, zero * scale)
+        squares, rest, vectors = squares[few:], vectors[:, :few], vectors[:, few:]
+        values = squares.clamp(min=0).sqrt()
+        values = values * (values > limit)
+        inverse = 1 / torch.where(values > 0, values, torch.inf)
+        # What rounding the largest singular value to float32 does to the vectors.
+        if (
+            torch.finfo(torch.float32).eps * float((values[-1] * inverse).square().mean().sqrt())
+            <= ACCURATE
+        ):
             # A (A^T A)^(-1/2), the root being the product of a matrix and its transpose.
             factor = product(tall.float(), gram(vectors * inverse.sqrt()).float())
         else:
             factor = product((product(tall, vectors.T) * inverse).float(), vectors.float())
+        total = float(values.sum())
+        if few:
+            exact = _scaled(matrix, scale, torch.float64)
+            part, mean = _beside(exact, rest.double(), vectors, squares, limit)
+            factor, total = factor + part, total + few * mean
         break
     else:
         left, values, right = torch.linalg.svd(tall, full_matrices=False)
-        kept = values > ZERO * values[0]
-        factor, values = (left * kept) @ right, values * kept
-    return factor.float(), float(values.mean()) / scale
+        values = values * (values > max(ZERO * float(values[0]), zero * scale))
+        factor, total = (left * (values > 0)) @ right, float(values.sum())
+    return factor.float(), total / min(matrix.shape) / scale
+
+
+def _beside(
+    tall: Tensor, rest: Tensor, vectors: Tensor, squares: Tensor, zero: float
+) -> tuple[Tensor, float]:
+    """Return the polar factor of A on a few directions, and the mean of its singular values there.
+
+    Args:
+        tall: A (m, n), float64.
+        rest: the directions (n, few), float64.
+        vectors: the eigenvectors of ``A^T A`` for all the others (n, n - few), float32.
+        squares: their eigenvalues.
+        zero: singular values up to this count as zero.
+    """
+    # What A makes of the few directions must be orthogonal to what it makes of the others.
+    image = product(product(tall, rest.T).T, tall.T).float()
+    rest = rest - (vectors @ (product(vectors.T, image) / squares[:, None])).double()
+    factor, mean = polar(product(tall, rest.T), zero)
+    return product(factor, rest.float()), mean
 
 
 def joined(left: Sequence[Tensor], values: Tensor, right: Sequence[Tensor]) -> Tensor:
@@ -221,9 +250,12 @@ def joined(left: Sequence[Tensor], values: Tensor, right: Sequence[Tensor]) -> T
         values: s (sum of k_t,), or one value for all.
         right: the parts of V, each (n, k_t).
     """
-    first, _ = polar(torch.cat(list(left), dim=1))
-    second, _ = polar(torch.cat(list(right), dim=1))
-    return product(first * values, second)
+    first, second = torch.cat(list(left), dim=1), torch.cat(list(right), dim=1)
+    kept = first.any(dim=0)
+    if not kept.any():
+        return torch.zeros(len(first), len(second))
+    values = values.expand(len(kept))[kept]
+    return product(polar(first[:, kept])[0] * values, polar(second[:, kept])[0])
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -259,55 +291,63 @@ def _precisions(matrix: Tensor) -> tuple[torch.dtype, ...]:
 
 
 def _scale(matrix: Tensor) -> float:
-    """Return a power of two that brings the largest element near 1, so that no square is lost."""
-    _, exponent = np.frexp(float(matrix.abs().max()))
-    return 2.0 ** -int(np.clip(exponent, -126, 126))
+    """Return a power of two that brings the largest element near 1, or 0 if all elements are 0.
+
+    So that no square of a small element is lost.
+    """
+    largest = max(abs(float(end)) for end in torch.aminmax(matrix))
+    _, exponent = np.frexp(largest)
+    return 2.0 ** -int(np.clip(exponent, -126, 126)) if largest else 0.0
+
+
+def _scaled(matrix: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Return ``scale * A`` in a dtype."""
+    return torch.empty(matrix.shape, dtype=dtype).copy_(matrix).mul_(scale)
+
+
+def _eigen(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, ascending, and eigenvectors (r, r); zeros where they are not found.
+
+    MKL's float32 routine fails or returns NaN for some matrices of low rank.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(square)
+    except torch.linalg.LinAlgError:
+        values = vectors = torch.full_like(square, torch.nan)
+    if bool(torch.isfinite(vectors).all()):
+        return values, vectors
+    return square.new_zeros(len(square)), torch.zeros_like(square)
+
+
+def _doubtful(squares: Tensor) -> int:
+    """Return how many of the smallest eigenvalues to set aside for the others to be accurate.
+
+    Args:
+        squares: eigenvalues of a Gram matrix, with the largest, ascending. Those that count as
+            zero in float64 do no harm.
+    """
+    kind = torch.finfo(squares.dtype)
+    if not squares[-1] > 0:
+        return len(squares)
+    ratios = squares[-1] / squares.double().clamp(min=kind.tiny)
+    if squares.dtype == torch.float64:
+        ratios = ratios * (squares > ZERO**2 * squares[-1])
+    errors = kind.eps * (ratios.square().flip(0).cumsum(0) / len(squares)).sqrt()
+    return int((errors > ACCURATE).sum())
 
 
 def _accurate(squares: Tensor, number: int) -> bool:
-    """Say whether the largest eigenvalues of a Gram matrix stand far enough above its rounding.
+    """Say whether the vectors of the largest eigenvalues of a Gram matrix are accurate.
 
     Args:
         squares: all r eigenvalues, ascending.
         number: how many of the largest are wanted.
     """
-    largest = float(squares[-1])
-    wanted = squares[-number:]
-    if squares.dtype == torch.float64:
-        wanted = wanted[wanted > ZERO**2 * largest]
-    if not len(wanted):
-        return True
-    if float(wanted[0]) <= 0 or _error(wanted, squares.dtype) > ACCURATE:
+    if _doubtful(squares[-number:]):
         return False
     if number == len(squares) or squares.dtype == torch.float64:
         return True
     # The last vector wanted and the first one unwanted mix by about this angle. It is one of k.
-    gap = float(squares[-number] - squares[-number - 1])
-    angle = torch.finfo(squares.dtype).eps * largest / max(gap, 1e-30) / len(squares) ** 0.5
+    gap = max(float(squares[-number] - squares[-number - 1]), torch.finfo(squares.dtype).tiny)
+    angle = torch.finfo(squares.dtype).eps * float(squares[-1]) / gap / len(squares) ** 0.5
     return angle <= ACCURATE * number**0.5
-
-
-def _error(values: Tensor, dtype: torch.dtype) -> float:
-    """Return the error of the vectors, as root mean square, if the largest value is rounded."""
-    if not len(values):
-        return 0.0
-    ratios = values.max() / values.double()
-    return torch.finfo(dtype).eps * float(ratios.square().mean().sqrt())
-
-
-def _promising(square: Tensor) -> bool:
-    """Estimate whether the eigenvalues will be found accurate, at a tenth of their price.
-
-    Args:
-        square: a Gram matrix (r, r), float32.
-    """
-    factor, failed = torch.linalg.cholesky_ex(square)
-    if failed:
-        return False
-    probes = torch.randn(len(square), 8, generator=torch.Generator().manual_seed(0))
-    inverse = torch.cholesky_solve(probes, factor).square().mean().sqrt()
-    for _ in range(4):
-        probes = square @ probes
-        probes = probes / torch.linalg.vector_norm(probes, dim=0)
-    largest = torch.linalg.vector_norm(square @ probes, dim=0).max()
-    return torch.finfo(torch.float32).eps * float(largest * inverse) <= 2 * ACCURATE

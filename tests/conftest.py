@@ -1,12 +1,38 @@
 """Shared fixtures: a Prefect server for the session, and a finished tiny project."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 
 from tests.project import ALL, Project
+
+settings.register_profile(
+    "mutation",  # tests/mutate.py: a few examples, always the same, and no search for a small one
+    max_examples=10,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+MUTATION = os.environ.get("HYPOTHESIS_PROFILE") == "mutation"
+if MUTATION:
+    settings.load_profile("mutation")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not MUTATION:
+        return
+    few = settings.get_profile("mutation").max_examples
+    for item in items:
+        own = getattr(getattr(item, "obj", None), "_hypothesis_internal_use_settings", None)
+        if own and own.max_examples > few:
+            item.obj._hypothesis_internal_use_settings = settings(own, max_examples=few)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")

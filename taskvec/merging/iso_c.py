@@ -20,6 +20,6 @@ def iso_c(vectors: Mapping[str, Lazy]) -> Lazy:
 
     def merge(stack: Stack) -> Tensor:
         factor, mean = polar(stack.total())
-        return factor * mean
+        return factor.mul_(mean)
 
     return Matrices(list(vectors.values()), merge)
