@@ -2,9 +2,9 @@
 
 The eigenvectors of ``A^T A`` are the right singular vectors of ``A``, at a fraction of the price of
 a singular value decomposition, but with the square of its condition number. So the price depends
-on the matrix: its Gram matrix is taken in float32; where that is not accurate enough, in float64;
-and where even that is not, the matrix is decomposed directly. What decides is the spectrum that
-was found, so the choice is the same in every run.
+on the matrix: its Gram matrix is taken in float32; where that is not accurate enough, in float64,
+for a few directions or for all; and where even that is not, the matrix is decomposed directly.
+What decides is the spectrum that was found, so the choice is the same in every run.
 
 Letters: a matrix is (m, n); r = min(m, n); k of its singular values are wanted. Those below `ZERO`
 times the largest are rounding of the float32 input and count as zero. Nothing determines their
@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from taskvec.lazy import Array, Lazy, added, blocks, check_shapes, count
 
 ACCURATE = 1e-5  # the largest relative error that a result may be expected to have
+EPSILON = torch.finfo(torch.float32).eps
 ZERO = 1e-7  # of the largest singular value
 SMALL = 128  # rows or columns up to which float64 costs nothing that matters
 PARTS = 4  # of a Gram matrix, in each direction
@@ -201,11 +202,8 @@ def polar(matrix: Tensor, zero: float = 0.0) -> tuple[Tensor, float]:
         values = squares.clamp(min=0).sqrt()
         values = values * (values > limit)
         inverse = 1 / torch.where(values > 0, values, torch.inf)
-        # What rounding the largest singular value to float32 does to the vectors.
-        if (
-            torch.finfo(torch.float32).eps * float((values[-1] * inverse).square().mean().sqrt())
-            <= ACCURATE
-        ):
+        # What rounding A to float32 does to the vectors, as root mean square.
+        if EPSILON * float((values[-1] * inverse).square().mean().sqrt()) <= ACCURATE:
             # A (A^T A)^(-1/2), the root being the product of a matrix and its transpose.
             factor = product(tall.float(), gram(vectors * inverse.sqrt()).float())
         else:
@@ -349,5 +347,5 @@ def _accurate(squares: Tensor, number: int) -> bool:
         return True
     # The last vector wanted and the first one unwanted mix by about this angle. It is one of k.
     gap = max(float(squares[-number] - squares[-number - 1]), torch.finfo(squares.dtype).tiny)
-    angle = torch.finfo(squares.dtype).eps * float(squares[-1]) / gap / len(squares) ** 0.5
+    angle = EPSILON * float(squares[-1]) / gap / len(squares) ** 0.5
     return angle <= ACCURATE * number**0.5

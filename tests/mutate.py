@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 MOST = 3.0  # seconds of tests for a mutant
 PROCESSES = 2
@@ -114,6 +112,9 @@ class Tries:
         self.failed |= report.failed
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        from hypothesis import given  # pytest wants to be the first to import it
+        from hypothesis import strategies as st
+
         given(st.integers())(lambda number: None)()  # hypothesis reads all sources at first
         self._learn(session.items)
         running: dict[int, tuple[Any, str, float]] = {}

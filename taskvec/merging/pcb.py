@@ -26,7 +26,7 @@ def pcb(vectors: Mapping[str, Lazy], *, ratio: float = 0.1, variant: str = "flat
         ratio: share of the elements with a score of their own, above 0 and at most 1. The authors
             take 0.1 in the function (``pcb-merging.py``) and 0.05 in the runs on pictures.
         variant: "flat" is the authors' ``pcb-merging.py``, "vision" their ``pcb_ES.py``. Both then
-            scale each task by a coefficient near 1.2, which is here the caller's.
+            take 1.2 times the result, or search a factor for each a_t; here that is the caller's.
 
     What differs from the authors' code: nothing is sorted; and a range of one value (when the
     vectors have few elements, or only 0 and one magnitude) is not divided by 0 but moved to 1, or
