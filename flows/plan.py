@@ -123,11 +123,12 @@ def code_fingerprints(params: Params) -> dict[str, Any]:
                 for task, item in params.tasks.items()
             }
         elif stage == "combine":
-            result[stage] = {
-                edit: code.fingerprint([*own, *(f"taskvec.merging.{m}" for m in methods)])
-                for edit in params.edits
-                for methods in [params.parse(edit).methods]
+            used = {edit: params.parse(edit).methods for edit in params.edits}
+            digests = {
+                methods: code.fingerprint([*own, *(f"taskvec.merging.{m}" for m in methods)])
+                for methods in set(used.values())
             }
+            result[stage] = {edit: digests[methods] for edit, methods in used.items()}
         elif stage in ("extract", "report"):
             result[stage] = code.fingerprint(own)
         else:

@@ -129,7 +129,7 @@ import os, signal, sys, time
 from pathlib import Path
 from taskvec.errors import MissingArtifact
 
-BASIS, OFFSET = "basis", "offset"
+basis_prefix = offset_prefix = stored_vectors = None  # what other modules import of it
 
 def combine(artifacts, *, edit, seed, expression, vectors, emit):
     if seed == 1:
@@ -180,7 +180,7 @@ warm.start()
 attempt(1)
 found = {
     "steps": attempt(1), "error": attempt(2), "exception": attempt(3), "killed": attempt(4),
-    "late": attempt(5, timeout=3.0), "devices": attempt(6, devices=["7"]), "gone": attempt(7),
+    "late": attempt(5, timeout=1.0), "devices": attempt(6, devices=["7"]), "gone": attempt(7),
 }
 threads = [threading.Thread(target=attempt, args=(1,)) for _ in range(8)]
 for thread in threads: thread.start()
@@ -267,8 +267,8 @@ def test_a_killed_process_is_a_crash_with_its_exit_code_and_last_words(
 def test_a_stage_is_killed_at_its_timeout(attempts: dict[str, Any], checkout: Path) -> None:
     late = attempts["late"]
     assert late["kind"] == "StageCrashed"
-    assert "ran longer than 3 s" in late["words"] and "meta.timeout" in late["words"]
-    assert 3.0 <= late["seconds"] < 8.0
+    assert "ran longer than 1 s" in late["words"] and "meta.timeout" in late["words"]
+    assert 1.0 <= late["seconds"] < 5.0
     (mark,) = checkout.glob("hangs-5-*")
     assert not psutil.pid_exists(int(mark.name.removeprefix("hangs-5-")))
 
@@ -291,7 +291,7 @@ def test_stages_start_from_a_warm_process_which_never_imports_the_driver(
     attempts: dict[str, Any], checkout: Path
 ) -> None:
     # Importing torch alone takes longer.
-    assert min(attempts[name]["seconds"] for name in ("steps", "error", "after")) < 1.5
+    assert min(attempts[name]["seconds"] for name in ("steps", "error", "after")) < 0.7
     assert (checkout / "driver_was_imported").read_text() == "x"
 
 
