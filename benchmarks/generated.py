@@ -1,6 +1,7 @@
 """Checkpoints to merge: the shapes of CLIP's vision towers, drawn weights, small changes."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-
-from taskvec.lazy import count
 
 Shapes = Mapping[str, tuple[int, ...]]
 WEIGHTS = 0.02  # standard deviation of the base
@@ -65,7 +64,7 @@ def block(shapes: Shapes) -> Shapes:
 
 def elements(shapes: Shapes) -> int:
     """Return the number of elements of all tensors."""
-    return sum(map(count, shapes.values()))
+    return sum(map(math.prod, shapes.values()))
 
 
 def generate(directory: Path, shapes: Shapes, number: int) -> Checkpoints:

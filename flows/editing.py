@@ -1,6 +1,7 @@
 """What the commands `edit`, `merge`, `similarity` and `import` do."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -62,8 +63,6 @@ def values(at: Sequence[str]) -> dict[str, float]:
     Raises:
         InvalidInput: one is malformed, not finite or given twice.
     """
-    import math
-
     found: dict[str, float] = {}
     for part in (item.strip() for text in at for item in text.split(",")):
         name, equals, number = (piece.strip() for piece in part.partition("="))

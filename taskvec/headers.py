@@ -9,6 +9,7 @@ of the names. The digests are of fixed pieces of 4 MiB, so that several threads 
 
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Collection, Iterable, Mapping
@@ -71,9 +72,7 @@ def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[dict[str
     slots, start = {}, 0
     for name in sorted(tensors, key=lambda name: (DTYPES.index(tensors[name][0]), name)):
         dtype, shape = tensors[name]
-        size = BYTES[dtype]
-        for length in shape:
-            size *= length
+        size = math.prod(shape, start=BYTES[dtype])
         slots[name] = Slot(dtype, shape, start, start + size)
         start += size
     return slots, start
@@ -244,9 +243,7 @@ def _slot(name: str, entry: Mapping[str, Any], data: int, path: Path) -> Slot:
     numbers = [*shape, *offsets] if whole else [-1]
     if not all(type(number) is int and 0 <= number <= 2**63 for number in numbers):
         raise IncompatibleWeights(f"{path}: tensor {name!r} has a malformed shape or range")
-    size = BYTES[dtype]
-    for length in shape:
-        size *= length
+    size = math.prod(shape, start=BYTES[dtype])
     if offsets[1] - offsets[0] != size or offsets[1] > data:
         raise IncompatibleWeights(
             f"{path}: tensor {name!r} of {size} bytes has the range {offsets[0]} to {offsets[1]} "

@@ -10,6 +10,7 @@ from the elements at its place (or in its row, or in its tensor: the *grain*), a
 elements are taken over fixed units, each in float64, and added in the order of the names.
 """
 
+import math
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -66,7 +67,7 @@ class Lazy(ABC):
 
     def size(self, name: str) -> int:
         """Return the number of elements of a tensor."""
-        return count(self.shapes[name])
+        return math.prod(self.shapes[name])
 
     @property
     def weight(self) -> float:
@@ -219,14 +220,6 @@ def only(method: str, vectors: Mapping[str, Lazy]) -> Lazy:
             f"as in {method}(ties({labels}))"
         )
     return next(iter(vectors.values()))
-
-
-def count(shape: Sequence[int]) -> int:
-    """Return the number of elements of a shape."""
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 def row_length(shape: Sequence[int]) -> int:

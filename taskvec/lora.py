@@ -18,7 +18,7 @@ import numpy as np
 
 from taskvec import headers
 from taskvec.errors import IncompatibleWeights, MissingArtifact
-from taskvec.lazy import BLOCK, Array, Lazy, count
+from taskvec.lazy import BLOCK, Array, Lazy
 from taskvec.mapped import (
     FLOATS,
     Difference,
@@ -92,12 +92,12 @@ class Product:
     @property
     def columns(self) -> int:
         """The number of elements that belong to one row."""
-        return count(self.b.shape if self.turned else self.a.shape) // self.rank
+        return math.prod(self.b.shape if self.turned else self.a.shape) // self.rank
 
     def factors(self) -> tuple[Array, Array]:
         """Return float32 matrices (rows, rank) and (rank, columns)."""
-        b = self.b.floats(0, count(self.b.shape)).reshape(-1, self.rank)
-        a = self.a.floats(0, count(self.a.shape)).reshape(self.rank, -1)
+        b = self.b.floats(0, math.prod(self.b.shape)).reshape(-1, self.rank)
+        a = self.a.floats(0, math.prod(self.a.shape)).reshape(self.rank, -1)
         return (a.T, np.ascontiguousarray(b.T)) if self.turned else (b, a)
 
 

@@ -299,8 +299,13 @@ def open_weights(path: Path) -> Mapped:
         return _open_shards(path)
     if path.suffix in PICKLES:
         return _open_pickle(path)
-    _, raw, _ = headers.read_slots(path)
-    tensors = _map(path)
+    slots, raw, start = headers.read_slots(path)
+    with path.open("rb") as file:
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    tensors = {
+        name: Stored(slot.dtype, slot.shape, data[start + slot.start : start + slot.stop])
+        for name, slot in slots.items()
+    }
     if headers.METADATA_KEY not in raw:
         return Mapped(tensors, str(path))
     metadata = headers.read_metadata({"__metadata__": raw}, path)
@@ -352,16 +357,6 @@ def _open_shards(index: Path) -> Mapped:
         tensors.update(found.tensors)
         tied.update(found.tied)
     return Mapped(tensors, str(index.parent), tied=tied)
-
-
-def _map(path: Path) -> dict[str, Stored]:
-    slots, _, start = headers.read_slots(path)
-    with path.open("rb") as file:
-        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    return {
-        name: Stored(slot.dtype, slot.shape, data[start + slot.start : start + slot.stop])
-        for name, slot in slots.items()
-    }
 
 
 def _open_pickle(path: Path) -> Mapped:

@@ -11,6 +11,7 @@ times the largest are rounding of the float32 input and count as zero. Nothing d
 vectors, which therefore contribute nothing.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from taskvec.lazy import Array, Lazy, added, blocks, check_shapes, count
+from taskvec.lazy import Array, Lazy, added, blocks, check_shapes
 
 ACCURATE = 1e-5  # the largest relative error that a result may be expected to have
 EPSILON = torch.finfo(torch.float32).eps
@@ -122,7 +123,7 @@ class Matrices(Lazy):
 
     def grain(self, name: str) -> int:
         """Return the size of a matrix; of another tensor, what the vectors need."""
-        own = count(self.shapes[name]) if self._taken(name) else 1
+        own = math.prod(self.shapes[name]) if self._taken(name) else 1
         return max(own, super().grain(name))
 
     def block(self, name: str, start: int, stop: int) -> Array:
