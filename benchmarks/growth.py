@@ -20,7 +20,7 @@ EXPRESSIONS = {
     "task arithmetic": lambda names: f"0.3 * ({' + '.join(names)})",
     "TIES, flat": lambda names: f"ties({', '.join(names)}, density=0.2)",
 }
-ROUNDS = {"task arithmetic": 2, "TIES, flat": 1}
+ROUNDS = {"task arithmetic": 5, "TIES, flat": 3}
 
 
 @dataclass(frozen=True)
