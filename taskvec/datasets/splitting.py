@@ -20,6 +20,7 @@ from taskvec.errors import InvalidData
 
 THUMBNAIL = 8  # pixels along an edge
 NEAR = 4.0  # root mean square difference of thumbnails, grey levels of 255
+BLOCK = 1024  # pictures that are compared with all others at once
 
 
 def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -28,15 +29,12 @@ def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     Grey is repeated in the three channels; the aspect ratio is not kept. PIL widens the filter when
     it shrinks a picture, so that nothing aliases.
     """
-    square = (size, size)
-    resized = [
-        np.asarray(Image.fromarray(image).resize(square, Image.Resampling.BICUBIC))
-        for image in images
-    ]
-    stacked = np.stack(resized)
-    if stacked.ndim == 3:
-        stacked = np.repeat(stacked[..., None], 3, axis=3)  # (N, S, S, 3)
-    return np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
+    result = np.empty((len(images), 3, size, size), dtype=np.uint8)
+    for place, image in enumerate(images):
+        resized = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+        pixels = np.asarray(resized)  # (S, S) or (S, S, 3)
+        result[place] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return result
 
 
 def digests(images: NDArray[np.uint8]) -> list[str]:
@@ -59,7 +57,8 @@ def assign(items: Items, sizes: Mapping[str, int], seed: int) -> list[str | None
 
     Of equal pictures only the first stays. Groups never cross splits. Each split gets exactly its
     declared size, with the classes in the proportions that the source has, as well as the groups
-    allow. Splits that come with the items are kept, and thinned to the declared sizes.
+    allow. Splits that come with the items are kept, and thinned to the declared sizes; if they hold
+    no validation item, validation is drawn from train.
 
     Args:
         items: N items.
@@ -73,19 +72,25 @@ def assign(items: Items, sizes: Mapping[str, int], seed: int) -> list[str | None
     marks = digests(items.images)
     first = dict(reversed([(mark, i) for i, mark in enumerate(marks)]))
     unique = [i for i in order(items, seed) if first[marks[i]] == i]
+    sizes = {split: sizes[split] for split in SPLITS}
+    removed = len(marks) - len(unique)
     if items.splits is None:
-        homes = _draw_groups(items, unique, sizes, seed)
+        homes = _draw_groups(items, unique, sizes, seed, removed)
     else:
         homes = _given_groups(items, items.splits)
+        if "validation" not in items.splits:
+            train = [i for i in unique if homes[items.groups[i]] == "train"]
+            drawn = {split: sizes[split] for split in ("train", "validation")}
+            homes |= _draw_groups(items, train, drawn, seed, removed)
     result: list[str | None] = [None] * len(marks)
     for split in SPLITS:
         candidates = [i for i in unique if homes.get(items.groups[i]) == split]
         if len(candidates) < sizes[split]:
             raise InvalidData(
-                f"{len(candidates)} items are left for {split} after {len(marks) - len(unique)} "
-                f"duplicates were removed, expected {sizes[split]}; lower {split} in params.yaml"
+                f"{len(candidates)} items are left for {split} after {removed} duplicates "
+                f"were removed, expected {sizes[split]}; lower {split} in params.yaml"
             )
-        for i in _stratify(items, candidates)[: sizes[split]]:
+        for i in stratify(items, candidates)[: sizes[split]]:
             result[i] = split
     return result
 
@@ -97,26 +102,31 @@ def near_duplicates(images: NDArray[np.uint8], splits: Sequence[str]) -> int:
     figure to look at, not a verdict: different items of a simple source come close, too.
 
     Args:
-        images: (N, 3, S, S) uint8, N up to some ten thousand.
+        images: (N, 3, S, S) uint8.
         splits: (N,).
     """
-    size = (THUMBNAIL, THUMBNAIL)
-    grey = images.mean(axis=1).round().astype(np.uint8)  # (N, S, S)
-    small = np.stack(
-        [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in grey]
-    )
-    # integers below 2**24: sums and products of float32 are exact
-    flat = small.reshape(len(small), -1).astype(np.float32)
-    squares = (flat**2).sum(axis=1)
-    limit = NEAR**2 * flat.shape[1]
+    small = np.stack([_thumbnail(image) for image in images])
     names = np.array(splits)
-    pairs = 0
-    for k, left in enumerate(SPLITS):
-        for right in SPLITS[k + 1 :]:
-            a, b = names == left, names == right
-            distances = squares[a, None] + squares[None, b] - 2 * flat[a] @ flat[b].T
-            pairs += int((distances <= limit).sum())
-    return pairs
+    parts = [small[names == split] for split in SPLITS]
+    return sum(
+        _near_pairs(left[start : start + BLOCK], right)
+        for k, left in enumerate(parts)
+        for right in parts[k + 1 :]
+        for start in range(0, len(left), BLOCK)
+    )
+
+
+def _thumbnail(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the grey levels (64,) of a picture (3, S, S)."""
+    grey = Image.fromarray(image.mean(axis=0).round().astype(np.uint8))
+    small = grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float32).ravel()
+
+
+def _near_pairs(left: NDArray[np.float32], right: NDArray[np.float32]) -> int:
+    # integers below 2**24: sums and products of float32 are exact
+    squares = (left**2).sum(axis=1)[:, None] + (right**2).sum(axis=1)
+    return int((squares - 2 * left @ right.T <= NEAR**2 * left.shape[1]).sum())
 
 
 def _check(items: Items) -> None:
@@ -129,14 +139,23 @@ def _check(items: Items) -> None:
             "number of each, at least one"
         )
     found = sorted(set(items.labels.tolist()))
-    if found != list(range(len(found))):
+    if items.classes is not None:
+        if found[0] < 0 or found[-1] >= items.classes:
+            raise InvalidData(
+                f"the labels are {found[:20]}; expected 0 to {items.classes - 1}, as the adapter "
+                f"declares {items.classes} classes"
+            )
+    elif found != list(range(len(found))):
         raise InvalidData(
             f"the labels are {found[:20]}; expected 0 to the number of classes - 1, without gaps"
         )
 
 
-def _stratify(items: Items, positions: Sequence[int]) -> list[int]:
-    """Return the positions so that every beginning has the classes in nearly equal proportions."""
+def stratify(items: Items, positions: Sequence[int]) -> list[int]:
+    """Return the positions so that every beginning has the classes in nearly equal proportions.
+
+    Items of one class keep their order.
+    """
     totals = Counter(int(items.labels[i]) for i in positions)
     seen: Counter[int] = Counter()
     keyed = []
@@ -162,27 +181,27 @@ def _given_groups(items: Items, splits: Sequence[str]) -> dict[str, str]:
 
 
 def _draw_groups(
-    items: Items, unique: Sequence[int], sizes: Mapping[str, int], seed: int
+    items: Items, unique: Sequence[int], sizes: Mapping[str, int], seed: int, removed: int
 ) -> dict[str, str]:
     """Return the split of each group: large groups first, each to where most of it is needed."""
-    wanted = sum(sizes[split] for split in SPLITS)
+    wanted = sum(sizes.values())
     if len(unique) < wanted:
-        declared = " + ".join(f"{split} {sizes[split]}" for split in SPLITS)
+        declared = " + ".join(f"{split} {size}" for split, size in sizes.items())
         raise InvalidData(
-            f"{len(unique)} items are left after {len(items.labels) - len(unique)} duplicates were "
+            f"{len(unique)} items are left after {removed} duplicates were "
             f"removed, expected {wanted} ({declared}); lower the sizes in params.yaml"
         )
     if len({items.groups[i] for i in unique}) == len(unique):
         return _draw_items(items, unique, sizes)
     quota = _quotas(items, unique, sizes)
-    need = {split: Counter(quota[split]) for split in SPLITS}
+    need = {split: Counter(quota[split]) for split in sizes}
     classes: dict[str, Counter[int]] = defaultdict(Counter)
     for i in unique:
         classes[items.groups[i]][int(items.labels[i])] += 1
     homes: dict[str, str] = {}
     spare = []
     for group in sorted(classes, key=lambda name: (-classes[name].total(), _hash(seed, name))):
-        home = max(SPLITS, key=lambda split: _fit(classes[group], need[split], quota[split]))
+        home = max(sizes, key=lambda split: _fit(classes[group], need[split], quota[split]))
         if not any(need[home][label] > 0 for label in classes[group]):
             spare.append(group)
             continue
@@ -192,7 +211,7 @@ def _draw_groups(
     for group, home in homes.items():
         missing[home] -= classes[group].total()
     for group in spare:
-        home = max(SPLITS, key=missing.__getitem__)
+        home = max(sizes, key=missing.__getitem__)
         if missing[home] <= 0:
             break
         homes[group] = home
@@ -205,9 +224,11 @@ def _draw_items(items: Items, unique: Sequence[int], sizes: Mapping[str, int]) -
 
     Test is drawn first, then validation, then train: to train on more or less moves no test item.
     """
-    ranked = iter(_stratify(items, unique))
+    ranked = iter(stratify(items, unique))
     return {
-        items.groups[i]: split for split in reversed(SPLITS) for i in islice(ranked, sizes[split])
+        items.groups[i]: split
+        for split in reversed(list(sizes))
+        for i in islice(ranked, sizes[split])
     }
 
 
@@ -215,11 +236,11 @@ def _quotas(
     items: Items, unique: Sequence[int], sizes: Mapping[str, int]
 ) -> dict[str, Counter[int]]:
     """Return how many items of each class each split should have; the sums are the sizes."""
-    sequence = [int(items.labels[i]) for i in _stratify(items, unique)]
+    sequence = [int(items.labels[i]) for i in stratify(items, unique)]
     result, start = {}, 0
-    for split in SPLITS:
-        result[split] = Counter(sequence[start : start + sizes[split]])
-        start += sizes[split]
+    for split, size in sizes.items():
+        result[split] = Counter(sequence[start : start + size])
+        start += size
     return result
 
 

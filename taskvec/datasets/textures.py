@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
+from taskvec.datasets import decoding
 from taskvec.datasets.items import Items
 from taskvec.errors import InvalidData
 
@@ -38,7 +38,7 @@ def load(files: Mapping[str, Path], *, crop: int = 48, crops: int = 200, seed: i
     """
     images, labels, groups, splits = [], [], [], []
     for label, name in enumerate(sorted(files)):
-        picture = _read(files[name])
+        picture = np.asarray(decoding.read(files[name], files[name].name, mode="L"))  # (H, W)
         stem = files[name].stem
         for split, (start, end) in REGIONS.items():
             width = picture.shape[1]
@@ -49,15 +49,6 @@ def load(files: Mapping[str, Path], *, crop: int = 48, crops: int = 200, seed: i
                 groups.append(f"{stem}-{split}")
                 splits.append(split)
     return Items(np.stack(images), np.array(labels, dtype=np.int64), groups, splits)
-
-
-def _read(path: Path) -> NDArray[np.uint8]:
-    """Return a picture as grey levels (H, W)."""
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("L"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-        raise InvalidData(f"{path.name} is no picture: {error}") from None
 
 
 def _crops(
