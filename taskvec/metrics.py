@@ -38,6 +38,17 @@ class Pictures:
     def __len__(self) -> int:
         return sum(len(batch) for batch in self._labels)
 
+    @property
+    def chunks(self) -> int:
+        """The number of batches."""
+        return len(self._labels)
+
+    def chunk(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return one batch as `__iter__` yields it; numbers start from 0."""
+        if self._normalized is not None:
+            return self._normalized[number], self._labels[number]
+        return self._tower.normalize(self._images[number]), self._labels[number]
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalised pictures (n, 3, S, S) float32 and their labels (n,)."""
         kept = self._normalized or map(self._tower.normalize, self._images)

@@ -4,13 +4,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
 
+from taskvec import layered
 from taskvec.errors import IncompatibleWeights
 from taskvec.flat import FlatEditor
-from taskvec.towers import Tower
+from taskvec.lazy import Held, materialize
+from taskvec.towers import PREFIX, Tower
 from taskvec.vectors import TaskVector
-from tests.test_towers import assert_same, coloured, tiny_tower
+from tests.test_towers import IDENTITY, NORMALIZATION, assert_same, coloured, tiny_tower
 
 COEFFICIENTS = st.floats(-2, 2, width=32, allow_subnormal=False)
 law = settings(deadline=None, max_examples=40)  # the first tensor of a process takes its time
@@ -146,3 +150,148 @@ def test_vectors_that_do_not_fit_the_model_are_refused(part: str, change: str) -
             FlatEditor(tower, {"c": good}, wrong)
     assert caught.value.exit_code == 3
     assert_same(tower.state(), tiny_tower().state())
+
+
+# Coefficients that differ by layer, and slopes
+
+
+class Deep(nn.Module):
+    """A network with a stem, eleven blocks (10 sorts between 1 and 2) and a projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, kernel_size=3, stride=2)
+        self.blocks = nn.ModuleList(nn.Conv2d(6, 6, kernel_size=1) for _ in range(11))
+        self.norm = nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x).relu()
+        return self.head(self.norm(x).mean((2, 3)))
+
+
+def deep_tower() -> Tower:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = Deep()
+    return Tower(module, *NORMALIZATION, 8, identity=IDENTITY, frozen=("visual.head.",))
+
+
+LAYERS = [*map(str, range(11)), "rest"]
+
+
+def loss_of(tower: Tower) -> Tensor:
+    images, labels = coloured(6)
+    return functional.cross_entropy(tower.features(images) * 5, labels)
+
+
+def by_layer(tower: Tower, seed: int) -> dict[str, float]:
+    values = torch.rand(len(LAYERS), generator=torch.Generator().manual_seed(seed)) - 0.5
+    return {f"c@{layer}": float(value) for layer, value in zip(LAYERS, values, strict=True)}
+
+
+def test_the_layers_are_the_blocks_and_the_rest() -> None:
+    tower = deep_tower()
+    editor = FlatEditor(tower, {"c": direction(tower, 1)}, {})
+    assert editor.layers == LAYERS == layered.layers(tower.edited())
+    assert FlatEditor(tiny_tower(), {"c": direction(tiny_tower(), 1)}, {}).layers == ["rest"]
+
+
+@law
+@given(st.integers(0, 1000), COEFFICIENTS)
+def test_an_edit_by_layers_scales_every_tensor_with_its_layers_value(seed: int, b: float) -> None:
+    tower = deep_tower()
+    pretrained, c_vector, b_vector = tower.state(), direction(tower, 1), direction(tower, 2)
+    editor = FlatEditor(tower, {"b": b_vector, "c": c_vector}, {})
+    values = by_layer(tower, seed)
+    editor.apply({"b": b, **values})
+    found = tower.state()
+    for name in tower.edited():
+        value = values[f"c@{layered.layer(name)}"]
+        expected = pretrained[name] + b * b_vector[name] + value * c_vector[name]
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-6)
+    lazy = layered.scaled_by_layer(
+        Held({name: value.numpy() for name, value in c_vector.items()}),
+        {layer: values[f"c@{layer}"] for layer in LAYERS},
+    )
+    for name, value in materialize(lazy).items():
+        torch.testing.assert_close(
+            torch.from_numpy(value), values[f"c@{layered.layer(name)}"] * c_vector[name],
+            rtol=0, atol=1e-7,
+        )  # fmt: skip
+
+
+def test_the_same_value_in_all_layers_is_that_coefficient() -> None:
+    one, other = deep_tower(), deep_tower()
+    vector = direction(one, 1)
+    FlatEditor(one, {"c": vector}, {}).apply({"c": 0.3})
+    FlatEditor(other, {"c": vector}, {}).apply(layered.spread({"c": 0.3}, LAYERS))
+    assert_same(one.state(), other.state())
+
+
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_exactly_the_layers_of_the_model_must_be_given(change: str) -> None:
+    tower = deep_tower()
+    editor = FlatEditor(tower, {"c": direction(tower, 1)}, {})
+    values = layered.spread({"c": 0.3}, LAYERS if change == "missing" else [*LAYERS, "11"])
+    if change == "missing":
+        del values["c@10"]
+    with pytest.raises(IncompatibleWeights, match="the model has the layers 0, 1, 2"):
+        editor.apply(values)
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_the_slope_is_that_of_a_functional_call(layers: bool) -> None:
+    tower = deep_tower()
+    basis = {"a": direction(tower, 1), "c": direction(tower, 2)}
+    offset, theta = direction(tower, 3), deep_tower().state()
+    point = {"a": 0.2, "c": -0.4}
+    values = layered.spread(point, LAYERS) if layers else point
+    editor = FlatEditor(tower, basis, offset)
+    editor.apply(values)
+    value, slope = editor.slope(lambda: loss_of(tower), values)
+
+    free = {name: torch.tensor(x, requires_grad=True) for name, x in values.items()}
+    other = deep_tower()
+    weights = {}
+    for name in other.edited():
+        part = f"@{layered.layer(name)}" if layers else ""
+        moved = sum(free[f"{c}{part}"] * basis[c][name] for c in basis)
+        weights[name.removeprefix(PREFIX)] = theta[name] + offset[name] + moved
+    images, labels = coloured(6)
+    features = functional_call(other.module, weights, (other.normalize(images),))
+    logits = functional.normalize(features, dim=-1) * 5
+    expected = functional.cross_entropy(logits, labels)
+    gradient = torch.autograd.grad(expected, list(free.values()))
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+    for name, found in zip(free, gradient, strict=True):
+        assert slope[name] == pytest.approx(found.item(), rel=1e-3, abs=1e-5)
+
+
+def test_the_slopes_of_the_layers_add_up_and_leave_the_weights_alone() -> None:
+    tower = deep_tower()
+    editor = FlatEditor(tower, {"c": direction(tower, 1)}, {})
+    editor.apply({"c": 0.3})
+    before = tower.state()
+    _, parts = editor.slope(lambda: loss_of(tower), layered.spread({"c": 0.3}, LAYERS))
+    _, whole = editor.slope(lambda: loss_of(tower), ["c"])
+    assert sum(parts.values()) == pytest.approx(whole["c"], rel=1e-5)
+    assert_same(tower.state(), before)
+    assert all(parameter.grad is None for parameter in tower.module.parameters())
+
+
+def test_a_parameter_that_the_loss_does_not_reach_has_no_part_in_the_slope() -> None:
+    tower = deep_tower()
+    editor = FlatEditor(tower, {"c": direction(tower, 1)}, {})
+    stem = tower.module.get_parameter("stem.weight")
+    _, slope = editor.slope(lambda: stem.square().sum(), layered.spread({"c": 0.0}, LAYERS))
+    assert slope["c@rest"] != 0
+    assert {slope[f"c@{layer}"] for layer in LAYERS[:-1]} == {0.0}
+
+
+def test_values_of_layers_and_of_whole_vectors_are_told_apart() -> None:
+    found = layered.grouped({"b": 0.5, "a@rest": 2.0, "a@0": 1.0})
+    assert found == {"a": {"0": 1.0, "rest": 2.0}, "b": 0.5}
+    assert (layered.base("a@rest"), layered.base("b")) == ("a", "b")

@@ -1,0 +1,1 @@
+"""Ways to find coefficients, a module each, found by its name; `taskvec.search` says how."""
