@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ import pandas as pd
 
 from tasks.artifacts import Artifacts
 from tasks.inputs import mapped
-from taskvec import similarity, summaries, tables
+from taskvec import gates, similarity, summaries, tables
 from taskvec.errors import MissingArtifact
 from taskvec.lazy import Lazy
 from taskvec.mapped import StoredVector
-from taskvec.params import EditParams, Params
+from taskvec.params import Constraint, EditParams, Params
 from taskvec.summaries import Estimate, Gain, Gains, Scores
+
+LAYER = "@"  # between the name of a coefficient and that of a layer
 
 
 @dataclass(frozen=True)
@@ -40,29 +42,77 @@ class Run:
     parameters: int
 
     def coefficients(self, edit: str) -> str:
-        """Return the chosen coefficients, and options, as text: ``c = 0.5, ties.density = 0.2``."""
-        found = []
-        for prefix in ("coefficient.", "option."):
-            for name, value in sorted(self.chosen[edit].items()):
-                if name.startswith(prefix):
-                    text = f"{value:g}" if isinstance(value, float) else str(value)
-                    found.append(f"{name.removeprefix(prefix)} = {text}")
+        """Return the chosen coefficients, and options, as text: ``c = 0.5, ties.density = 0.2``.
+
+        Of a coefficient that has a value a layer the mean is given, and the range.
+        """
+        found = [f"{name} = {_spread(v)}" for name, v in sorted(self.layers(edit).items())]
+        for name, value in sorted(self.chosen[edit].items()):
+            if name.startswith("option."):
+                text = f"{value:g}" if isinstance(value, float) else str(value)
+                found.append(f"{name.removeprefix('option.')} = {text}")
         return ", ".join(found)
 
+    def layers(self, edit: str) -> dict[str, list[float]]:
+        """Return the chosen value of each coefficient, or its values by layer."""
+        found: dict[str, list[float]] = {}
+        for key, value in self.chosen[edit].items():
+            if key.startswith("coefficient."):
+                name = key.removeprefix("coefficient.").partition(LAYER)[0]
+                found.setdefault(name, []).append(value)
+        return found
+
+    def intervals(self, edit: str) -> str:
+        """Return which coefficients are not significantly worse: ``c from 0.4 to 0.6``.
+
+        They are on validation data; empty where the search did not say.
+        """
+        chosen = self.chosen[edit]
+        return ", ".join(
+            f"{name} from {chosen[f'interval.{name}.low']:g} to {chosen[f'interval.{name}.high']:g}"
+            for name in sorted(self.layers(edit))
+            if f"interval.{name}.low" in chosen
+        )
+
+    def price(self, edit: str) -> str:
+        """Return what the search cost: ``4,000 image evaluations, 25 % of the grid's 16,000``."""
+        paid = int(self.chosen[edit]["image_evaluations"])
+        text = f"{paid:,} image evaluations"
+        grid = int(self.chosen[edit].get("grid_image_evaluations", paid))
+        return text if grid == paid else f"{text}, {100 * paid / grid:.0f} % of the grid's {grid:,}"
+
     def chosen_search(self, edit: str) -> pd.DataFrame:
-        """Return the part of a search that has the chosen options: what a figure can show."""
+        """Return the part of a search that a figure can show.
+
+        It has the complete evaluations at the chosen options; of a coefficient that has a value a
+        layer it has the mean.
+        """
         table = self.searches[edit]
+        table = table[table["complete"]]
         for column in [name for name in table if str(name).startswith("option.")]:
             value = table[column][table["chosen"]].iloc[0]
             table = table[table[column] == value]
+        columns = [str(name) for name in table if str(name).startswith("coefficient.")]
+        layered = [name for name in columns if LAYER in name]
+        for column in dict.fromkeys(name.partition(LAYER)[0] for name in layered):
+            own = [name for name in layered if name.startswith(f"{column}{LAYER}")]
+            table = table.assign(**{column: table[own].mean(axis=1)}).drop(columns=own)
         return table
 
 
+def _spread(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:g}"
+    mean = math.fsum(values) / len(values)
+    return f"{mean:.3g} on average ({min(values):.3g} to {max(values):.3g} by layer)"
+
+
 def gather(artifacts: Artifacts, params: Params, seed: int) -> Run:
-    """Read what one seed left behind."""
+    """Read what one seed left behind: all experts, and the edits that are made for it."""
+    edits = [name for name, edit in params.edits.items() if seed in params.seeds_of(edit)]
     evaluations = [
         tables.read(artifacts.evaluation(name, seed), tables.Evaluation)
-        for name in (*params.tasks, *params.edits)
+        for name in (*params.experts, *edits)
     ]
     vectors: dict[str, Lazy] = {
         task: StoredVector(mapped(artifacts.vector(task, seed), "vector")) for task in params.tasks
@@ -72,10 +122,9 @@ def gather(artifacts: Artifacts, params: Params, seed: int) -> Run:
         seed=seed,
         scores=Scores.gather(evaluations),
         searches={
-            edit: tables.read(artifacts.search_table(edit, seed), tables.Search)
-            for edit in params.edits
+            edit: tables.read(artifacts.search_table(edit, seed), tables.Search) for edit in edits
         },
-        chosen={edit: _chosen(artifacts.coefficients(edit, seed)) for edit in params.edits},
+        chosen={edit: _chosen(artifacts.coefficients(edit, seed)) for edit in edits},
         cosines=similarity.cosines(vectors),
         parameters=sum(map(first.size, first.shapes)),
     )
@@ -153,11 +202,85 @@ def gain_verdict(estimate: Estimate) -> str:
     )
 
 
-def bound_verdict(estimate: Estimate, bound: float) -> str:
-    """Return what the interval of a kept share says about the constraint."""
-    held = "kept" if estimate.value >= bound else "broken"
-    settled = estimate.verdict(bound) != "open"
+def bound_verdict(constraint: Constraint, figure: Estimate) -> str:
+    """Return what a figure and its interval say about the constraint that bounds it."""
+    held = "kept" if gates.holds(constraint, figure) else "broken"
+    settled = gates.settled(constraint, figure) != "open"
     return held if settled else f"{held}, but the interval does not settle it"
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a constraint is put into words.
+
+    Attributes:
+        figure: what it bounds: ``share of accuracy kept``.
+        asked: the bound: ``at least 95 %``.
+        show: a value of that figure without its unit: ``96.7``, and
+        unit: the unit with a space before it; may be empty.
+    """
+
+    figure: str
+    asked: str
+    show: Callable[[float], str]
+    unit: str
+
+    def value(self, figure: Estimate) -> str:
+        """Return a figure with its interval: ``96.7 % (93.1 to 99.0)``."""
+        return f"{self.show(figure.value)}{self.unit} ({self.span(figure)})"
+
+    def span(self, figure: Estimate) -> str:
+        """Return its interval: ``93.1 to 99.0``."""
+        return f"{self.show(figure.low)} to {self.show(figure.high)}"
+
+
+def wording(constraint: Constraint) -> Wording:
+    """Return the words for a constraint of any kind, on any metric."""
+    kind, bound = constraint.rule
+    metric = constraint.metric
+    named = {
+        "min_ratio": f"share of {metric} kept",
+        "max_ratio": f"{metric} as a share of the pre-trained model's",
+        "max_drop": f"drop in {metric}",
+        "max_rise": f"rise in {metric}",
+    }.get(kind, metric)
+    show, unit = _decimal, " nats" if metric == "loss" else ""
+    if kind.endswith("ratio"):
+        show, unit = percent, " %"
+    elif metric == "accuracy":
+        show, unit = percent, " %" if named == metric else " points"
+    limit = f"{bound if show is _decimal else 100 * bound:g}{unit}"
+    side = "at least" if kind.startswith("min") else "at most"
+    return Wording(named, f"{side} {limit}", show, unit)
+
+
+def _decimal(value: float) -> str:
+    if not math.isfinite(value):
+        return percent(value)
+    return f"{value:.3g}".replace("-", "\u2212")
+
+
+def bounded(run: Run, name: str, constraint: Constraint, task: str, split: str) -> Estimate:
+    """Return what a constraint bounds of an edit on a control task."""
+    return gates.bounded(
+        constraint, run.scores.score(name, task, split), run.scores.score("pretrained", task, split)
+    )
+
+
+def feasible_on_test(run: Run, name: str, constraint: Constraint) -> gates.Feasibility:
+    """Return whether an edit keeps its constraint on test data."""
+    return gates.feasibility(
+        constraint,
+        {task: run.scores.score(name, task) for task in constraint.tasks},
+        {task: run.scores.score("pretrained", task) for task in constraint.tasks},
+    )
+
+
+FEASIBLE = {
+    "feasible": "feasible on test data",
+    "infeasible": "infeasible on test data: not to be used",
+    "open": "open on test data: an interval holds the bound",
+}
 
 
 def cosine_text(value: float) -> str:
@@ -250,11 +373,12 @@ def percent_of(run: Run, model: str, task: str) -> str:
 def _controls(run: Run, name: str, edit: EditParams) -> str:
     if not edit.constraint:
         return ""
-    kept = []
-    for task in edit.constraint.tasks:
-        share = run.scores.kept(name, task)
-        kept.append(f"{task} keeps {percent(share.value)} % ({span(share)}) of its accuracy")
-    return f"; {spoken(kept)}, with {100 * edit.constraint.min_ratio:g} % asked for"
+    words = wording(edit.constraint)
+    found = [
+        f"{words.figure} on {task} {words.value(bounded(run, name, edit.constraint, task, 'test'))}"
+        for task in edit.constraint.tasks
+    ]
+    return f"; {spoken(found)}, with {words.asked} asked for"
 
 
 def _best_on_validation(run: Run, gains: Gains) -> Gain:

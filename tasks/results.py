@@ -1,13 +1,15 @@
 """The table of results over all seeds, as Markdown for the repository."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tasks.findings import (
     Run,
     bound_verdict,
+    bounded,
     cosine_text,
+    feasible_on_test,
     forgetting,
     gain_verdict,
     group_gains,
@@ -19,9 +21,10 @@ from tasks.findings import (
     signed,
     span,
     spoken,
+    wording,
 )
 from taskvec import summaries
-from taskvec.params import EditParams, Params
+from taskvec.params import Constraint, EditParams, Params
 from taskvec.summaries import Estimate, Gains
 
 MARK = "<!-- written by the report stage; do not edit -->"
@@ -45,9 +48,11 @@ def render(runs: Sequence[Run], params: Params) -> str:
         *(_forgetting_part(runs, name, edit) for name, edit in forgetting(params).items()),
         *(_group_part(runs, params, name, edits) for name, edits in groups(params).items()),
         _cosine_part(runs[0], params),
+        _overrides(params),
         "## How the intervals are made",
         "Accuracies have Wilson intervals. Intervals of differences (Newcombe's hybrid score), "
-        "ratios (Donner and Zou) and means are built from the Wilson bounds. They take the two "
+        "ratios (Donner and Zou) and means are built from the Wilson bounds; a loss has a normal "
+        "interval. They take the two "
         "models as independent although both see the same items, which usually makes them wider "
         "than paired intervals. None covers the choice of the coefficient, the tasks or the seed.",
     ]
@@ -69,7 +74,7 @@ def _summary(runs: Sequence[Run], params: Params) -> str:
                     if several
                     else run.scores.accuracy(model, target[0])
                 )
-                for run in runs
+                for run in _made(runs, name)
             ]
             for model in ("pretrained", name)
         )
@@ -79,21 +84,37 @@ def _summary(runs: Sequence[Run], params: Params) -> str:
                 what,
                 *(_over_seeds([e.value for e in before]) or [percent(before[0].value)]),
                 *(_over_seeds([e.value for e in after]) or [percent(after[0].value)]),
-                *(_figure(estimate) for estimate in after),
+                *_by_seed(runs, name, map(_figure, after)),
             ]
         )
-        for task in edit.constraint.tasks if edit.constraint else ():
-            kept = [run.scores.kept(name, task) for run in runs]
-            rows.append(
-                [
-                    "",
-                    f"share kept on {task}",
-                    "",
-                    *(_over_seeds([e.value for e in kept]) or [percent(kept[0].value)]),
-                    *(_figure(share) for share in kept),
-                ]
-            )
+        if edit.constraint:
+            rows += [_control_row(runs, name, edit.constraint, t) for t in edit.constraint.tasks]
     return _markdown_table(header, rows, 2)
+
+
+def _control_row(runs: Sequence[Run], name: str, constraint: Constraint, task: str) -> list[str]:
+    """Return the row of the summary that shows what a constraint bounds."""
+    words = wording(constraint)
+    found = [bounded(run, name, constraint, task, "test") for run in _made(runs, name)]
+    values = [figure.value for figure in found]
+    return [
+        "",
+        f"{words.figure} on {task}",
+        "",
+        *(_over_seeds(values, words.show) or [words.show(values[0])]),
+        *_by_seed(runs, name, (f"{words.show(e.value)} ({words.span(e)})" for e in found)),
+    ]
+
+
+def _made(runs: Sequence[Run], edit: str) -> list[Run]:
+    """Return the runs whose seed an edit is made for."""
+    return [run for run in runs if edit in run.chosen]
+
+
+def _by_seed(runs: Sequence[Run], edit: str, cells: Iterable[str]) -> list[str]:
+    """Return a cell a run; an empty one where the edit is not made for the seed."""
+    found = iter(cells)
+    return [next(found) if edit in run.chosen else "" for run in runs]
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
@@ -115,6 +136,11 @@ def _figure(estimate: Estimate, show: Any = percent) -> str:
     return f"{show(estimate.value)} ({span(estimate)})"
 
 
+def _mean_cell(runs: Sequence[Run], values: Sequence[float]) -> list[str]:
+    """Return the mean with the range under `_mean_head`; of one value, that value."""
+    return (_over_seeds(values) or [percent(values[0])]) if len(runs) > 1 else []
+
+
 def _mean_head(runs: Sequence[Run]) -> list[str]:
     return ["mean [range]"] if len(runs) > 1 else []
 
@@ -122,18 +148,19 @@ def _mean_head(runs: Sequence[Run]) -> list[str]:
 def _accuracy_table(runs: Sequence[Run], params: Params) -> str:
     header = ["model", "task", "items", *_mean_head(runs), *(f"seed {run.seed}" for run in runs)]
     rows = []
-    for model in ("pretrained", "finetuned", *params.edits):
+    for model in ("pretrained", "finetuned", *params.variants, *params.edits):
         for task in params.tasks:
-            if runs[0].scores.find(model, task) is None:
+            found = [run.scores.find(model, task) for run in runs]
+            known = [score for score in found if score]
+            if not known:
                 continue
-            found = [run.scores.score(model, task) for run in runs]
             rows.append(
                 [
                     model,
                     task,
-                    str(found[0].items),
-                    *_over_seeds([score.accuracy.value for score in found]),
-                    *(_figure(score.accuracy) for score in found),
+                    str(known[0].items),
+                    *_mean_cell(runs, [score.accuracy.value for score in known]),
+                    *(_figure(score.accuracy) if score else "" for score in found),
                 ]
             )
     return _markdown_table(header, rows, 2)
@@ -141,6 +168,7 @@ def _accuracy_table(runs: Sequence[Run], params: Params) -> str:
 
 def _learning_part(runs: Sequence[Run], name: str, edit: EditParams) -> str:
     """Return mean normalised accuracy, and the points above the pre-trained model's."""
+    runs = _made(runs, name)
     what = "accuracy" if len(edit.evaluate) == 1 else "mean normalised accuracy"
     header = ["seed", "coefficients", name, "pretrained", "points above"]
     values = [(merit(run, name, edit), merit(run, "pretrained", edit)) for run in runs]
@@ -171,12 +199,30 @@ def _learning_part(runs: Sequence[Run], name: str, edit: EditParams) -> str:
             f"`{_code(edit.expression)}`, over {spoken(edit.evaluate)}.",
             _markdown_table(header, rows, 2),
             f"Against the pre-trained model {verdict}.",
+            _search_part(runs, name),
+            *(_constraint_part(runs, name, edit.constraint) if edit.constraint else ()),
         ]
     )
 
 
+def _search_part(runs: Sequence[Run], name: str) -> str:
+    """Return what a search cost, and which other coefficients do as well."""
+    prices = [run.price(name) for run in runs]
+    if len(set(prices)) > 1:
+        prices = [f"{price} (seed {run.seed})" for run, price in zip(runs, prices, strict=True)]
+    intervals = [f"seed {run.seed}: {text}" for run in runs if (text := run.intervals(name))]
+    parts = [f"The search cost {'; '.join(dict.fromkeys(prices))}."]
+    if intervals:
+        parts.append(
+            "Not significantly worse on validation data (paired bootstrap, 95 %): "
+            f"{'; '.join(intervals)}."
+        )
+    return " ".join(parts)
+
+
 def _forgetting_part(runs: Sequence[Run], name: str, edit: EditParams) -> str:
     """Return what is left of the targets and what the controls keep, on both splits."""
+    runs = _made(runs, name)
     header = ["seed", "coefficients", "target", "above chance before", "after", "forgotten"]
     rows = [
         [
@@ -195,23 +241,10 @@ def _forgetting_part(runs: Sequence[Run], name: str, edit: EditParams) -> str:
         f"`{_code(edit.expression)}`. Accuracy above chance in points, and the share of it that is "
         "gone in percent.",
         _markdown_table(header, rows, 3),
+        _search_part(runs, name),
     ]
     if edit.constraint:
-        bound = edit.constraint.min_ratio
-        parts.append(
-            f"The control must keep {100 * bound:g} % of the pre-trained model's accuracy on "
-            "validation data. Kept, in percent:"
-        )
-        kept_rows = []
-        for task in edit.constraint.tasks:
-            for run in runs:
-                kept = [run.scores.kept(name, task, split) for split in ("validation", "test")]
-                row = [str(run.seed), task]
-                for share in kept:
-                    row += [_figure(share), bound_verdict(share, bound)]
-                kept_rows.append(row)
-        kept_header = ["seed", "control", "validation", "", "test", ""]
-        parts.append(_markdown_table(kept_header, kept_rows, 2))
+        parts += _constraint_part(runs, name, edit.constraint)
     named = {*edit.objective.tasks, *(edit.constraint.tasks if edit.constraint else [])}
     changes = []
     for task in (task for task in edit.evaluate if task not in named):
@@ -225,11 +258,34 @@ def _forgetting_part(runs: Sequence[Run], name: str, edit: EditParams) -> str:
     return "\n\n".join(parts)
 
 
+def _constraint_part(runs: Sequence[Run], name: str, constraint: Constraint) -> list[str]:
+    """Return what the control tasks of an edit keep on both splits, and whether that is enough."""
+    words = wording(constraint)
+    rows = []
+    for task in constraint.tasks:
+        for run in runs:
+            row = [str(run.seed), task]
+            for split in ("validation", "test"):
+                figure = bounded(run, name, constraint, task, split)
+                row += [words.value(figure), bound_verdict(constraint, figure)]
+            rows.append(row)
+    found = [feasible_on_test(run, name, constraint) for run in runs]
+    seeds = [f"{word} for seed {run.seed}" for run, word in zip(runs, found, strict=True)]
+    return [
+        f"Constraint on validation data: {words.figure}, {words.asked}.",
+        _markdown_table(["seed", "control", "validation", "", "test", ""], rows, 2),
+        f"On test data the edit is {spoken(seeds)} (open: the interval holds the bound).",
+    ]
+
+
 def _group_part(
     runs: Sequence[Run], params: Params, group: str, edits: Mapping[str, EditParams]
 ) -> str:
     """Return the gains of a group with their intervals and what they support."""
     parts = [f"## {group}"]
+    runs = [run for run in runs if all(name in run.chosen for name in edits)]
+    if not runs:
+        return "\n\n".join([*parts, "No seed has all of these edits: they are not compared."])
     per_run = [{gains.task: gains for gains in group_gains(r.scores, params, edits)} for r in runs]
     for task in per_run[0]:
         found = [by_task[task] for by_task in per_run]
@@ -321,6 +377,12 @@ def _cosine_part(run: Run, params: Params) -> str:
             f"Among {others} the closest two are {left} and {right}: {value:.3f}.",
         ]
     )
+
+
+def _overrides(params: Params) -> str:
+    """Return which gates may be closed, and why; empty if none is overridden."""
+    lines = [f"- {gate}: {reason}" for gate, reason in params.gates.override.items()]
+    return "\n\n".join(["## Overridden gates", "\n".join(lines)]) if lines else ""
 
 
 def _code(expression: str) -> str:

@@ -11,6 +11,7 @@ TaskvecError (1)
 ├── MissingArtifact (5)         a file that a stage needs is not there
 ├── Busy (6)                    somebody else holds the checkout
 ├── ServiceUnreachable (7)      a server that was asked for does not answer
+├── GateClosed (8)              a checkpoint or test data is not to be trusted
 └── Interrupted (130, 143)      Ctrl-C or SIGTERM
 
 A message says what was found, what was expected and what to do.
@@ -76,6 +77,12 @@ class ServiceUnreachable(TaskvecError):
     """A server does not answer."""
 
     exit_code = 7
+
+
+class GateClosed(TaskvecError):
+    """A checkpoint does not reproduce its score, or test data was trained on."""
+
+    exit_code = 8
 
 
 class Interrupted(TaskvecError):

@@ -18,14 +18,19 @@ Sources:
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from statistics import NormalDist
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from taskvec.errors import MissingArtifact
 from taskvec.expressions import Edit, Linear, Vector
 
 Verdict = Literal["above", "below", "open"]
+
+Z95 = NormalDist().inv_cdf(0.975)  # two-sided 95 % quantile
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,17 @@ class Estimate:
         below = math.hypot(self.value - self.low, other.high - other.value)
         above = math.hypot(self.high - self.value, other.value - other.low)
         return Estimate(value, value - below, value + above)
+
+    @classmethod
+    def of_mean(cls, values: npt.ArrayLike) -> "Estimate":
+        """Return the mean of n >= 1 figures, none negative, with its normal interval.
+
+        The interval of a single figure has no width, for nothing is known of its spread.
+        """
+        drawn = np.asarray(values, dtype=np.float64)
+        value = float(drawn.mean())
+        spread = float(drawn.std(ddof=1)) / math.sqrt(len(drawn)) if len(drawn) > 1 else 0.0
+        return cls(value, max(0.0, value - Z95 * spread), value + Z95 * spread)
 
     def shift(self, amount: float) -> "Estimate":
         """Return the estimate plus a constant that is known exactly."""
@@ -60,13 +76,22 @@ class Score:
 
     Attributes:
         accuracy: with its Wilson interval.
+        loss: mean cross-entropy in nats, with its normal interval.
         items: how many items were scored.
         chance: 1 / classes.
     """
 
     accuracy: Estimate
+    loss: Estimate
     items: int
     chance: float
+
+    @classmethod
+    def of_row(cls, row: Mapping[Any, Any]) -> "Score":
+        """Return a row of a table that satisfies the schema ``Evaluation``."""
+        accuracy = Estimate(*(float(row[name]) for name in ("accuracy", "low", "high")))
+        loss = Estimate(*(float(row[name]) for name in ("loss", "loss_low", "loss_high")))
+        return cls(accuracy, loss, int(row["items"]), float(row["chance"]))
 
 
 @dataclass(frozen=True)
@@ -81,9 +106,8 @@ class Scores:
         rows = {}
         for table in evaluations:
             for row in table.to_dict("records"):
-                estimate = Estimate(float(row["accuracy"]), float(row["low"]), float(row["high"]))
                 key = (str(row["model"]), str(row["task"]), str(row["split"]))
-                rows[key] = Score(estimate, int(row["items"]), float(row["chance"]))
+                rows[key] = Score.of_row(row)
         return cls(rows)
 
     def find(self, model: str, task: str, split: str = "test") -> Score | None:

@@ -94,6 +94,15 @@ def test_counting_is_the_same_as_asking_picture_by_picture(count: int) -> None:
     assert count_correct(tower, head, Pictures(tower, images, labels)) == correct
 
 
+@pytest.mark.parametrize("count", [1, BATCH, BATCH + 1, 2 * BATCH + 7])
+def test_chunks_are_the_pictures_one_after_the_other(count: int) -> None:
+    tower, (images, labels) = tiny_tower(), coloured(count)
+    pictures = Pictures(tower, images, labels)
+    chunks = [pictures.chunk(number) for number in range(pictures.chunks)]
+    assert torch.equal(torch.cat([part for part, _ in chunks]), tower.normalize(images))
+    assert torch.equal(torch.cat([part for _, part in chunks]), labels)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", ["tower", "head"])
 def test_a_model_that_answers_nan_is_refused_instead_of_counted(value: float, place: str) -> None:
