@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo results test check mutate readme bench clean-data
+.PHONY: demo results studies test check mutate readme bench clean-data
 
 demo: $(READY)  ## the default experiment, its table and its report
 	taskvec run
@@ -16,6 +16,9 @@ demo: $(READY)  ## the default experiment, its table and its report
 results: $(READY)  ## the default experiment over all seeds, into docs/results/ and the README
 	taskvec run results
 	python docs/copy_results.py
+
+studies: $(READY)  ## the paper's image experiments on data below $TASKVEC_DATA, into docs/results.md
+	python -m flows.studies
 
 test: check  ## everything that CI runs
 	python -m pytest -q --cov=taskvec --cov-report=term:skip-covered

@@ -43,7 +43,7 @@ from taskvec.flat import FlatEditor
 from taskvec.metrics import BATCH, Pictures, count_correct
 from taskvec.models import bundled
 from taskvec.numeric import make_deterministic
-from taskvec.params import Model
+from taskvec.sections import Model
 from taskvec.towers import PREFIX, Tower
 
 EDIT = "addition"

@@ -1,6 +1,7 @@
 """`taskvec`: the command line. Imports what a command needs and no more."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,18 +26,27 @@ Targets = Annotated[
     list[str] | None,
     typer.Argument(help="Stages, tasks, edits, or `results` (all seeds); default: all of dvc.yaml"),
 ]
+Experiment = Annotated[
+    str, typer.Option("--experiment", "-e", help="A directory of experiments/; default: none")
+]
 
 
 @app.command()
 def run(
     targets: Targets = None,
+    experiment: Experiment = "",
+    data_root: Annotated[
+        Path | None, typer.Option(help="Where external sets lie; default: $TASKVEC_DATA")
+    ] = None,
     slots: Annotated[int | None, typer.Option(min=1, help="CPU slots; default: cores")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for another run to end")] = False,
 ) -> None:
     """Bring stages up to date: run what is stale, and nothing else."""
     from flows import locking
 
-    root = _root()
+    root = _root(experiment)
+    if data_root:
+        os.environ["TASKVEC_DATA"] = str(data_root.absolute())
     with locking.held(root, "taskvec run", wait=wait):
         dag, nodes = _plan(root, targets or [], repair=True)
         stale = [node for node in nodes if node.reasons]
@@ -49,6 +59,7 @@ def run(
 
         for node in stale:
             check_command(node)
+        _check_data(root, stale)
         with Terminal(len(stale)) as terminal:
             outcomes = run_flow(root, dag, nodes, find_slots(slots), terminal.listener())
     _finish(root, nodes, outcomes)
@@ -57,10 +68,11 @@ def run(
 @app.command()
 def status(
     targets: Targets = None,
+    experiment: Experiment = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """Say what is stale and why."""
-    _, nodes = _plan(_root(), targets or [], repair=False)
+    _, nodes = _plan(_root(experiment), targets or [], repair=False)
     stale = [node for node in nodes if node.reasons]
     notes = _origin_notes(stale)
     if as_json:
@@ -93,22 +105,24 @@ def status(
 
 
 @app.command()
-def results() -> None:
+def results(experiment: Experiment = "") -> None:
     """Print how the models do on test data, and where the report lies."""
     from flows.terminal import print_results
 
-    print_results(_root())
+    print_results(_root(experiment))
 
 
 @app.command()
 def trace(
     path: Annotated[Path, typer.Argument(help="A file that a stage made")],
+    experiment: Experiment = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """Say where a file came from: stages, parameters, inputs and runs, back to the data."""
     from flows import trace as tracing
 
-    chain = tracing.trace(_root(), path)
+    place = path.absolute()
+    chain = tracing.trace(_root(experiment), place)
     typer.echo(json.dumps(chain, indent=2) if as_json else tracing.render(chain))
 
 
@@ -121,12 +135,14 @@ def edit(
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Say how the model does")] = False,
     task: Annotated[list[str] | None, typer.Option(help="Evaluate on; default: all tasks")] = None,
     split: Annotated[str, typer.Option(help="validation or test")] = "validation",
+    experiment: Experiment = "",
 ) -> None:
     """Edit the model once, outside params.yaml; the file and MLflow say where it came from."""
     from flows import editing
 
     tasks = (task or []) if evaluate or task else None
-    editing.edit(_root(), expression, at or [], out, seed, tasks, split)
+    target = out.absolute() if experiment else out
+    editing.edit(_root(experiment), expression, at or [], target, seed, tasks, split)
 
 
 @app.command()
@@ -135,11 +151,13 @@ def similarity(
     seed: Annotated[int | None, typer.Option(help="Of the vectors; default: the first")] = None,
     plot: Annotated[Path | None, typer.Option(help="The page to write")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    experiment: Experiment = "",
 ) -> None:
     """Print and draw the cosines of task vectors, whole and layer by layer."""
     from flows import editing
 
-    editing.similarity(_root(), tasks or [], seed, plot, as_json)
+    target = plot.absolute() if plot else None
+    editing.similarity(_root(experiment), tasks or [], seed, target, as_json)
 
 
 @app.command()
@@ -197,8 +215,34 @@ def main() -> None:
         sys.exit(getattr(error, "exit_code", 2))
 
 
-def _root() -> Path:
-    return Path.cwd()
+def _root(experiment: str = "") -> Path:
+    """Return the directory of params.yaml, and make it the working directory."""
+    if not experiment:
+        return Path.cwd()
+    from tasks.artifacts import EXPERIMENTS
+    from taskvec.errors import InvalidInput, nearest
+
+    directory = Path.cwd() / EXPERIMENTS
+    known = sorted(path.parent.name for path in directory.glob("*/params.yaml"))
+    if experiment not in known:
+        raise InvalidInput(f"no experiment {experiment!r}; {nearest(experiment, known)}")
+    os.chdir(directory / experiment)
+    return directory / experiment
+
+
+def _check_data(root: Path, stale: list["Node"]) -> None:
+    """Raise MissingArtifact if external data that a stale stage reads is not there."""
+    wanted = {node.item for node in stale if node.stage == "prepare"}
+    if not wanted:
+        return
+    from taskvec import params as parameters
+    from taskvec.datasets import external
+    from taskvec.errors import MissingArtifact
+
+    tasks = parameters.load(root / "params.yaml").tasks
+    lines = external.missing({name: tasks[name] for name in wanted if name in tasks})
+    if lines:
+        raise MissingArtifact("\n".join(["data is missing:", *lines]))
 
 
 def _plan(root: Path, targets: list[str], *, repair: bool) -> tuple["Dag", list["Node"]]:

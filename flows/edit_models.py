@@ -21,6 +21,7 @@ from flows.dag import Dag, Node
 from flows.servers import mlflow_url, running_prefect, started_prefect
 from flows.tracking import StageRecord, Tracker
 from flows.workers import Slots, StageCrashed, StageFailed, Workers
+from tasks.artifacts import Artifacts
 from tasks.stages import Progress
 from taskvec.errors import Interrupted, TaskvecError
 
@@ -263,6 +264,7 @@ def _run_tags(run: Run, flow_run: str) -> Mapping[str, str]:
         "prefect.flow_run": flow_run,
         "mlflow.source.git.commit": commit,
         "git.dirty": str(bool(_git(run.root, "status", "--porcelain", "--untracked-files=no"))),
+        "experiment": run.root.name if Artifacts(run.root).top != run.root else "",
         "host": platform.node(),
         "pid": str(os.getpid()),
     }

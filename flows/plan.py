@@ -7,9 +7,10 @@ of `taskvec` renders first. This module imports nothing heavy.
 """
 
 import hashlib
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from copy import deepcopy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from configparser import ConfigParser
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
@@ -19,66 +20,85 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError
 
+from flows.blocks import FILES, of_seed
 from flows.fingerprints import Code
-from tasks.artifacts import Artifacts
+from tasks.artifacts import EXPERIMENTS, Artifacts
 from tasks.stages import NAMES
 from taskvec import params as parameters
 from taskvec.atomic import write_text
-from taskvec.errors import InvalidInput, InvalidParams, StaleRendering, TaskvecError
+from taskvec.errors import InvalidInput, InvalidParams, StaleRendering, TaskvecError, nearest
 from taskvec.params import Params
 
 OVERLOOKED = ("nfiles", "size")  # by dvc.stage.cache
 SOURCES = Path(__file__).parents[1]
-PACKAGES = ("jinja2", "matplotlib", "numpy", "pillow", "torch")
+TEMPLATE = SOURCES / "tasks" / "report.html.jinja"
+PACKAGES = ("cmaes", "jinja2", "matplotlib", "numpy", "optuna", "pillow", "torch")
 ARITHMETIC = "taskvec.numeric:make_deterministic"  # decides the last bit of every stage
+# What an answer that searches remember depends on, beside the model family.
+ANSWERS = (
+    "taskvec.answers:answer", "taskvec.answers:cross_entropy", "taskvec.answers:entropy",
+    "taskvec.flat:FlatEditor", "tasks.validation:Validation",
+)  # fmt: skip
 NOTE = "# Rendered from params.yaml and dvc.yaml by `python -m flows.plan`; do not edit.\n"
 CODE_NOTE = (
     "# Digests of the code that each stage reaches and versions that decide results, rendered by\n"
     "# `python -m flows.plan`; do not edit.\n"
 )
-TIMEOUTS = {"combine": 600, "search": 14400, "evaluate": 3600}  # seconds
 
 
 def render(root: Path, params: Params) -> dict[Path, str]:
-    """Return the text of every rendered file, by path."""
+    """Return the text of every rendered file, by path.
+
+    Args:
+        root: the directory of params.yaml: the repository, or experiments/NAME in it, which takes
+            the stages per task from the repository's dvc.yaml.
+        params: its checked contents.
+    """
     _refuse_overlooked(params.model_dump(), "")
-    files = Artifacts(Path())
-    stages = _load(root / "dvc.yaml")
+    if params.study and params.study not in studies():
+        raise InvalidParams(
+            f"params.yaml: study: no module tasks/studies/{params.study}.py; "
+            f"{nearest(params.study, studies())}"
+        )
+    top = Artifacts(root).top
+    stages = _load(top / "dvc.yaml")
+    whole = top != root  # an experiment is one file with all seeds
+    seeds = params.seeds if whole else params.seeds[:1]
     try:
-        _fill_lists(stages["stages"], params, files)
+        _fill_lists(stages["stages"], params, seeds)
     except (KeyError, TypeError, AttributeError) as error:
         raise InvalidInput(
-            f"{root / 'dvc.yaml'} lacks a list that is kept equal to params.yaml "
+            f"{top / 'dvc.yaml'} lacks a list that is kept equal to params.yaml "
             f"({type(error).__name__}: {error}); `git diff dvc.yaml` shows what was edited"
         ) from None
-    first, further = params.seeds[0], params.seeds[1:]
-    edits = {
-        name: stage
-        for edit in params.edits
-        for name, stage in _edit_stages(edit, first, params, files)
-    }
-    results = dict(_seed_stages(stages["stages"], further))
-    for seed in further:
-        for edit in params.edits:
-            results.update(_edit_stages(edit, seed, params, files))
-    results["report-results"] = {
-        "wdir": "..",
-        "desc": "the table of results over all seeds, committed to git",
-        "cmd": "python -m tasks report results",
-        "deps": _report_inputs(params, params.seeds, files),
-        "params": deepcopy(stages["stages"]["report"]["params"]),
-        "outs": [{str(files.results()): {"cache": False}}],
-        "meta": {"gpu": 0, "timeout": 600},
-    }
-    main, more = _dump(stages), NOTE + _dump({"stages": edits})
+    blocks = {name: block for seed in seeds for name, block in of_seed(params, seed)}
+    report = stages["stages"]["report"]
+    if whole:
+        graphs = _experiment(stages, blocks, params)
+    else:
+        graphs = {"dvc.yaml": _dump(stages), "edits/dvc.yaml": NOTE + _dump(_above(blocks))}
+        further = dict(_seed_stages(stages["stages"], params.seeds[1:]))
+        for seed in params.seeds[1:]:
+            further.update(_above(dict(of_seed(params, seed)))["stages"])
+        further["report-results"] = {"wdir": "..", **_page(report, "results", params)}
+        if texts := study_texts(root):
+            further["report-studies"] = {"wdir": "..", **_collection(report, texts)}
+        graphs["results/dvc.yaml"] = NOTE + _dump({"stages": further})
     # The page draws the graph, and DVC lets no stage depend on a dvc.yaml.
-    graph = hashlib.md5((main + more).encode(), usedforsecurity=False).hexdigest()
-    return {
-        root / "code.yaml": CODE_NOTE + _dump({**code_fingerprints(params), "graph": graph}),
-        root / "dvc.yaml": main,
-        root / "edits" / "dvc.yaml": more,
-        root / "results" / "dvc.yaml": NOTE + _dump({"stages": results}),
-    }
+    drawn = "".join(text for name, text in graphs.items() if name != "results/dvc.yaml")
+    graph = hashlib.md5(drawn.encode(), usedforsecurity=False).hexdigest()
+    code = CODE_NOTE + _dump({**code_fingerprints(params), "graph": graph})
+    files = {"code.yaml": code, **graphs}
+    if whole:
+        files[".dvc/config"] = _dvc_config(top)
+    return {root / name: text for name, text in files.items()}
+
+
+def rendered(root: Path) -> list[Path]:
+    """Return the paths of the files that `render` makes for a directory."""
+    own = ("code.yaml", "dvc.yaml", "edits/dvc.yaml", "results/dvc.yaml")
+    experiment = ("code.yaml", "dvc.yaml", ".dvc/config")
+    return [root / name for name in (own if Artifacts(root).top == root else experiment)]
 
 
 def write(root: Path, params: Params) -> list[Path]:
@@ -117,23 +137,42 @@ def code_fingerprints(params: Params) -> dict[str, Any]:
     }
     for stage in NAMES:
         own = [f"tasks.{stage}:{stage}", ARITHMETIC]
-        if stage == "prepare":
-            result[stage] = {
-                task: code.fingerprint([*own, f"taskvec.datasets.{item.data.dataset}"])
-                for task, item in params.tasks.items()
-            }
-        elif stage == "combine":
-            used = {edit: params.parse(edit).methods for edit in params.edits}
-            digests = {
-                methods: code.fingerprint([*own, *(f"taskvec.merging.{m}" for m in methods)])
-                for methods in set(used.values())
-            }
-            result[stage] = {edit: digests[methods] for edit, methods in used.items()}
-        elif stage in ("extract", "report"):
-            result[stage] = code.fingerprint(own)
-        else:
-            result[stage] = code.fingerprint([*own, family])
+        match stage:
+            case "prepare":
+                result[stage] = {
+                    task: code.fingerprint([*own, f"taskvec.datasets.{item.data.dataset}"])
+                    for task, item in params.tasks.items()
+                }
+            case "combine":
+                used = {edit: params.parse(edit).methods for edit in params.edits}
+                result[stage] = _by_edit(code, own, used, "merging")
+            case "search":
+                ways = {edit: (item.search.strategy,) for edit, item in params.edits.items()}
+                result[stage] = _by_edit(code, [*own, family], ways, "strategies")
+            case "extract":
+                result[stage] = code.fingerprint(own)
+            case "report":
+                text = code.fingerprint(own) + TEMPLATE.read_text()
+                result[stage] = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+            case _:
+                result[stage] = code.fingerprint([*own, family])
+    if params.study:
+        module = f"tasks.studies.{params.study}"
+        result["study"] = code.fingerprint(["tasks.report:report", ARITHMETIC, module])
+    # no stage depends on it: it is a part of the keys under which answers are remembered
+    result["answers"] = code.fingerprint([*ANSWERS, ARITHMETIC, family])
     return result
+
+
+def _by_edit(
+    code: Code, own: list[str], used: Mapping[str, Collection[str]], room: str
+) -> dict[str, str]:
+    """Return edit -> digest; edits that use the same modules of a room share it."""
+    digests = {
+        names: code.fingerprint([*own, *(f"taskvec.{room}.{name}" for name in names)])
+        for names in {tuple(sorted(names)) for names in used.values()}
+    }
+    return {edit: digests[tuple(sorted(names))] for edit, names in used.items()}
 
 
 def _architecture(params: Params) -> str:
@@ -154,18 +193,30 @@ def _refuse_overlooked(value: Any, where: str) -> None:
         _refuse_overlooked(item, f"{where}{key}.")
 
 
-def _fill_lists(stages: Any, params: Params, files: Artifacts) -> None:
+def _fill_lists(stages: Any, params: Params, seeds: list[int]) -> None:
     """Set the lists in dvc.yaml that follow params.yaml."""
     _fill(stages["prepare"]["foreach"], list(params.tasks), flow=True)
     for stage in stages.values():
         if "matrix" in stage:
-            _fill(stage["matrix"]["seed"], params.seeds[:1], flow=True)
+            _fill(stage["matrix"]["seed"], seeds, flow=True)
     _fill(
         stages["pretrain"]["deps"],
-        [str(files.images(task, "alignment")) for task in params.model.align_tasks],
+        [str(FILES.images(task, "alignment")) for task in params.model.align_tasks],
     )
-    inputs = ["tasks/report.html.jinja", *_report_inputs(params, params.seeds[:1], files)]
-    _fill(stages["report"]["deps"], inputs)
+    _fill(stages["report"]["deps"], _report_inputs(params, params.seeds[:1]))
+    _fill(stages["report"]["params"], [*_sections(params), stages["report"]["params"][-1]])
+    gates = ["gates"] if "gates" in params.model_fields_set else []
+    evaluate = stages["evaluate"]["params"]
+    _fill(evaluate, ["model", *gates, evaluate[-1]])
+
+
+def _sections(params: Params) -> list[str]:
+    """Return the sections of params.yaml that a page reads, as far as they are given."""
+    wanted = (
+        "study", "seeds", "model", "fine_tune", "gates", "tasks", "variants", "edits", "sweeps",
+        "few_shots",
+    )  # fmt: skip
+    return [name for name in wanted if name in params.model_fields_set]
 
 
 def _fill(sequence: CommentedSeq, items: Sequence[Any], *, flow: bool = False) -> None:
@@ -177,19 +228,88 @@ def _fill(sequence: CommentedSeq, items: Sequence[Any], *, flow: bool = False) -
         sequence.fa.set_block_style()
 
 
-def _report_inputs(params: Params, seeds: list[int], files: Artifacts) -> list[str]:
+def _experiment(stages: Any, blocks: dict[str, Any], params: Params) -> dict[str, str]:
+    """Return dvc.yaml of an experiment: the stages per task, the rendered ones, the pages."""
+    merged = parameters.plain(stages)["stages"]
+    report = merged.pop("report")
+    merged = {**merged, **blocks, "report": report}
+    if params.study:
+        merged["report-study"] = _page(report, "study", params)
+    return {"dvc.yaml": NOTE + _dump({"stages": merged})}
+
+
+def _page(report: Any, page: str, params: Params) -> dict[str, Any]:
+    """Return the stage of another page than the first one: over all seeds, committed to git."""
+    what = {"results": "the table of results", "study": "what the study shows"}[page]
+    outs = [FILES.results()] if page == "results" else [FILES.study_text(), FILES.study_figures()]
+    *keys, code = parameters.plain(report["params"])
+    if page == "study":
+        used = [name for name in code["code.yaml"] if name not in ("graph", "report")]
+        code = {"code.yaml": [*used, "study"]}
+    return {
+        "desc": f"{what} over all seeds, committed to git",
+        "cmd": f"python -m tasks report {page}",
+        "deps": _report_inputs(params, params.seeds),
+        "params": [*keys, code],
+        "outs": [{str(path): {"cache": False}} for path in outs],
+        "meta": {"gpu": 0, "timeout": 600},
+    }
+
+
+def studies() -> list[str]:
+    """Return the names of the modules of tasks/studies/ that make the page of a study."""
+    found = []
+    for path in sorted((SOURCES / "tasks" / "studies").glob("*.py")):
+        if re.search(rf"^def {path.stem}\(.*-> Study:", path.read_text(), re.MULTILINE):
+            found.append(path.stem)
+    return found
+
+
+def study_texts(top: Path) -> list[str]:
+    """Return paths of what the studies have written so far, and of their parameters, sorted."""
+    found = top.glob(f"{EXPERIMENTS}/*/{FILES.study_text()}")
+    pairs = [(path, path.with_name("params.yaml")) for path in found]
+    return sorted(str(path.relative_to(top)) for pair in pairs for path in pair)
+
+
+def _collection(report: Any, texts: list[str]) -> dict[str, Any]:
+    """Return the stage that puts the results of all studies on one page."""
+    return {
+        "desc": "what all studies show, committed to git",
+        "cmd": "python -m tasks report studies",
+        "deps": texts,
+        "params": [parameters.plain(report["params"])[-1]],
+        "outs": [{str(FILES.studies()): {"cache": False}}],
+        "meta": {"gpu": 0, "timeout": 600},
+    }
+
+
+def _above(blocks: dict[str, Any]) -> dict[str, Any]:
+    """Return blocks for a file one directory below the one that their paths are relative to."""
+    return {"stages": {name: {"wdir": "..", **block} for name, block in blocks.items()}}
+
+
+def _report_inputs(params: Params, seeds: list[int]) -> list[str]:
     paths = []
     for seed in seeds:
-        for task in params.tasks:
+        for expert in params.experts:
             paths += [
-                files.evaluation(task, seed), files.training(task, seed), files.vector(task, seed),
+                FILES.evaluation(expert, seed), FILES.training(expert, seed),
+                FILES.vector(expert, seed),
             ]  # fmt: skip
-        for edit in params.edits:
-            paths += [
-                files.evaluation(edit, seed),
-                files.search_table(edit, seed),
-                files.coefficients(edit, seed),
-            ]
+        for edit, recipe in params.edits.items():
+            if seed in params.seeds_of(recipe):
+                paths += [
+                    FILES.evaluation(edit, seed),
+                    FILES.search_table(edit, seed),
+                    FILES.coefficients(edit, seed),
+                ]
+        for sweep, swept in params.sweeps.items():
+            if seed in params.seeds_of(swept):
+                paths += [FILES.sweep_table(sweep, seed), FILES.sweep_chosen(sweep, seed)]
+        for few, study in params.few_shots.items():
+            if seed in params.seeds_of(study):
+                paths.append(FILES.few_shot(few, seed))
     return sorted(str(path) for path in paths)
 
 
@@ -202,84 +322,21 @@ def _seed_stages(stages: Any, seeds: list[int]) -> Iterator[tuple[str, Any]]:
             yield name, {"wdir": "..", **block}
 
 
-def _edit_stages(
-    edit: str, seed: int, params: Params, files: Artifacts
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield combine, search and evaluate of one edit, with exact dependencies."""
-    recipe = params.edits[edit]
-    searched = sorted(
-        {*recipe.objective.tasks, *(recipe.constraint.tasks if recipe.constraint else [])}
-    )
-    evaluated = list(recipe.evaluate)
-    own = params.tasks
-    yield from _stage(
-        "combine", edit, seed,
-        deps=[files.vector(name, seed) for name in params.parse(edit).vectors],
-        params=["expression"],
-        outs=[files.basis(edit, seed)],
-    )  # fmt: skip
-    yield from _stage(
-        "search", edit, seed,
-        deps=[files.pretrained(), files.basis(edit, seed)]
-        + [files.head(task) for task in searched]
-        + [files.images(task, "validation") for task in searched]
-        + [files.evaluation(task, seed) for task in searched if task in own],
-        params=[
-            key
-            for key in ("coefficients", "objective", "constraint", "select")
-            if key in recipe.model_fields_set
-        ],
-        outs=[files.edited(edit, seed)],
-        metrics=[files.coefficients(edit, seed)],
-        plots=[{str(files.search_table(edit, seed)): {
-            "x": f"coefficient.{min(recipe.coefficients)}", "y": "objective"}}],
-    )  # fmt: skip
-    yield from _stage(
-        "evaluate", edit, seed,
-        deps=[files.pretrained(), files.edited(edit, seed)]
-        + [files.head(task) for task in evaluated]
-        + [files.images(task, split) for task in evaluated for split in ("validation", "test")]
-        + [files.evaluation(task, seed) for task in evaluated],
-        params=["evaluate"],
-        outs=[files.evaluation(edit, seed), files.figure(edit, seed)],
-        metrics=[files.metrics(edit, seed)],
-    )  # fmt: skip
+def _dvc_config(top: Path) -> str:
+    """Return the configuration of an experiment's own DVC project: the repository's, its cache.
 
-
-def _stage(
-    stage: str,
-    edit: str,
-    seed: int,
-    *,
-    deps: list[Path],
-    params: list[str],
-    outs: list[Path],
-    metrics: list[Path] | None = None,
-    plots: list[Any] | None = None,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    keys: list[Any] = [f"edits.{edit}.{key}" for key in params]
-    if stage != "combine":
-        keys.append("model")
-    packages = {
-        "combine": ["packages.numpy", "packages.torch"],
-        "search": ["packages.numpy", "packages.torch"],
-        "evaluate": ["packages.torch", "packages.matplotlib"],
-    }[stage]
-    digest = f"combine.{edit}" if stage == "combine" else stage
-    keys.append({"code.yaml": ["python", *packages, digest]})
-    block: dict[str, Any] = {
-        "wdir": "..",
-        "cmd": f"python -m tasks {stage} {edit}-{seed}",
-        "deps": sorted(str(path) for path in deps),
-        "params": keys,
-        "outs": [str(path) for path in outs],
-    }
-    if metrics:
-        block["metrics"] = [str(path) for path in metrics]
-    if plots:
-        block["plots"] = plots
-    block["meta"] = {"gpu": int(stage != "combine"), "timeout": TIMEOUTS[stage]}
-    yield f"{stage}-{edit}-{seed}", block
+    A project of its own keeps `dvc status` of the repository from reading all experiments; the
+    shared cache, run cache included, is why equal stages of two experiments run once.
+    """
+    config = ConfigParser(interpolation=None)
+    config.read(top / ".dvc" / "config")
+    if "cache" not in config:
+        config["cache"] = {}
+    own = config["cache"].get("dir", "cache").strip('"')
+    config["cache"]["dir"] = own if own.startswith("/") else f"../../../.dvc/{own}"
+    stream = StringIO()
+    config.write(stream)
+    return "# Rendered by `python -m flows.plan`; do not edit.\n" + stream.getvalue().strip() + "\n"
 
 
 def _yaml() -> YAML:

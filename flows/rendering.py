@@ -10,8 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from flows import plan
-
-RENDERED = ("code.yaml", "dvc.yaml", "edits/dvc.yaml", "results/dvc.yaml")
+from tasks.artifacts import Artifacts
 
 
 def is_fresh(root: Path) -> bool:
@@ -40,7 +39,9 @@ def _digest(root: Path) -> str:
         for room in ("flows", "taskvec", "tasks")
         for path in (plan.SOURCES / room).rglob("*.py")
     ]
-    for path in [*sorted(sources), root / "params.yaml", *(root / name for name in RENDERED)]:
+    sources += [plan.TEMPLATE, root / "params.yaml", Artifacts(root).top / "dvc.yaml"]
+    digest.update("\n".join(plan.study_texts(root)).encode())
+    for path in [*sorted(sources), *plan.rendered(root)]:
         digest.update(f"{path}\n".encode())
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.artifacts import Artifacts
 from taskvec.errors import ServiceUnreachable
 
 START_SECONDS = 90
@@ -189,7 +190,7 @@ def mlflow_url(root: Path) -> str:
 
 def services_file(root: Path) -> Path:
     """Where a running `taskvec ui` says how to reach it; readable by its owner only."""
-    return root / ".taskvec" / "services.json"
+    return Artifacts(root).top / ".taskvec" / "services.json"
 
 
 def write_services(root: Path, services: Mapping[str, Mapping[str, str]]) -> None:

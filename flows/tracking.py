@@ -23,6 +23,7 @@ from typing import Any
 from filelock import FileLock
 
 from flows.dag import Node
+from tasks.artifacts import Artifacts
 from taskvec import headers
 
 EXPERIMENT = "taskvec"
@@ -31,8 +32,8 @@ FLUSH_SECONDS = 60
 
 
 def tracking_uri(root: Path) -> str:
-    """Return MLFLOW_TRACKING_URI, or this checkout's own SQLite file."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+    """Return MLFLOW_TRACKING_URI, or the repository's own SQLite file."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Artifacts(root).top / 'mlflow.db'}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Tracker:
 
     def __init__(self, root: Path, warn: Callable[[str], None]) -> None:
         self._root = root
+        self._top = Artifacts(root).top
         self._warn = warn
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
@@ -130,9 +132,9 @@ class Tracker:
         own = "MLFLOW_TRACKING_URI" not in os.environ
         uri = tracking_uri(self._root)
         mlflow = _mlflow()
-        place = (self._root / "mlartifacts").as_uri()
+        place = (self._top / "mlartifacts").as_uri()
         # Two processes that create the schema at once destroy it.
-        lock = self._root / ".taskvec" / "mlflow.lock"
+        lock = self._top / ".taskvec" / "mlflow.lock"
         lock.parent.mkdir(exist_ok=True)
         with FileLock(lock):
             mlflow.set_tracking_uri(uri)
@@ -217,10 +219,11 @@ class Tracker:
             kind = _model_type(name)
             if not kind:
                 continue
+            place = str((self._root / name).relative_to(self._top))
             logged = mlflow.create_external_model(
                 name=name.removeprefix("data/").removesuffix(".safetensors").replace("/", "-"),
                 source_run_id=run,
-                tags={"dvc.path": name, "dvc.md5": md5, **_header_tags(self._root / name)},
+                tags={"dvc.path": place, "dvc.md5": md5, **_header_tags(self._root / name)},
                 model_type=kind,
                 experiment_id=self._experiment,
             )
@@ -242,8 +245,8 @@ class Tracker:
         if found:
             models = [LoggedModelInput(model) for model in found]
             self._client.log_inputs(self._parent, models=models)
-        inside = path.absolute().is_relative_to(self._root)
-        place = path.absolute().relative_to(self._root) if inside else path.absolute()
+        inside = path.absolute().is_relative_to(self._top)
+        place = path.absolute().relative_to(self._top) if inside else path.absolute()
         logged = mlflow.create_external_model(
             name=f"edit-{tags['taskvec.digest'][:12]}",
             source_run_id=self._parent,
@@ -298,7 +301,7 @@ def server_command(root: Path, port: int) -> list[str]:
         "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
         "--allowed-hosts", f"127.0.0.1:{port},localhost:{port}",
         "--backend-store-uri", tracking_uri(root),
-        "--default-artifact-root", (root / "mlartifacts").as_uri(),
+        "--default-artifact-root", (Artifacts(root).top / "mlartifacts").as_uri(),
     ]  # fmt: skip
 
 

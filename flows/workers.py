@@ -3,6 +3,10 @@
 Stages run in children of a fork server that has torch and open_clip imported: 40 ms a stage
 instead of seconds. A child sends its progress through a pipe, is killed at its timeout, and dies
 with the driver.
+
+A stage that remembers what it computes (`tasks.stages.ASSISTED`) gets assistants while slots are
+idle: processes that do the same work from the other end and leave it in the memory. They decide
+nothing, so that the result is the same with any number of them, and end as soon as anybody waits.
 """
 
 import multiprocessing
@@ -21,11 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from flows.dag import Node
-from tasks.stages import NAMES, Progress
+from tasks.stages import ASSISTED, NAMES, Progress
 from taskvec.errors import InvalidInput, TaskvecError, nearest
 
 KILLED = 137  # what a shell reports for SIGKILL
 TAIL = 15  # lines of a stage's own output that an error shows
+# seconds: a stage is only assisted after this time, and idle slots are looked for so often
+ASSIST_AFTER, ASSIST_EVERY = 3.0, 0.25
 
 
 class StageFailed(TaskvecError):
@@ -51,6 +57,7 @@ class Slots:
         self._cpus = cpus
         self._devices = list(gpus)
         self._gpus = len(gpus)
+        self._waiting = 0
         self._changed = threading.Condition()
 
     @property
@@ -65,18 +72,45 @@ class Slots:
             raise InvalidInput(f"a stage wants {gpus} GPUs, there are {self._gpus}; see meta.gpu")
         wanted = gpus if self._gpus else 0
         with self._changed:
-            self._changed.wait_for(
-                lambda: len(self._devices) >= wanted if wanted else self._cpus > 0
-            )
-            devices, self._devices = self._devices[:wanted], self._devices[wanted:]
-            self._cpus -= not wanted
+            self._waiting += 1
+            self._changed.wait_for(lambda: self._free(wanted))
+            self._waiting -= 1
+            devices = self._grab(wanted)
         try:
             yield devices
         finally:
-            with self._changed:
-                self._devices += devices
-                self._cpus += not wanted
-                self._changed.notify_all()
+            self._give(devices)
+
+    @contextmanager
+    def spare(self, gpus: int) -> Iterator[list[str] | None]:
+        """Yield the devices of a slot that nobody wants now, or None; never wait."""
+        wanted = min(1, gpus) if self._gpus else 0
+        with self._changed:
+            devices = self._grab(wanted) if self._free(wanted) and not self._waiting else None
+        try:
+            yield devices
+        finally:
+            if devices is not None:
+                self._give(devices)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a stage waits for a slot."""
+        return self._waiting > 0
+
+    def _free(self, gpus: int) -> bool:
+        return len(self._devices) >= gpus if gpus else self._cpus > 0
+
+    def _grab(self, gpus: int) -> list[str]:
+        devices, self._devices = self._devices[:gpus], self._devices[gpus:]
+        self._cpus -= not gpus
+        return devices
+
+    def _give(self, devices: list[str]) -> None:
+        with self._changed:
+            self._devices += devices
+            self._cpus += not devices
+            self._changed.notify_all()
 
 
 def find_slots(cpus: int | None = None) -> Slots:
@@ -132,11 +166,19 @@ class Workers:
             StageCrashed: its process died, or it was killed after ``node.timeout`` seconds.
         """
         check_command(node)
-        log = self._logs / f"{node.name.replace('@', '-')}.log"
+        with self._started(node, devices) as (process, pipe, log), self._assisted(node):
+            self._follow(node, process, pipe, emit, log)
+
+    @contextmanager
+    def _started(
+        self, node: Node, devices: list[str], *, assist: bool = False
+    ) -> Iterator[tuple[Any, Any, Path]]:
+        """Start the process of a stage, or of an assistant; yield it, its pipe and its log."""
+        log = self._logs / f"{node.name.replace('@', '-')}{'-assistant' * assist}.log"
         ours, theirs = self._context.Pipe(duplex=False)
         process = self._context.Process(
             target=_work,
-            args=(node.stage, node.item, str(self._root), theirs, devices, str(log)),
+            args=(node.stage, node.item, str(self._root), theirs, devices, str(log), assist),
             daemon=True,
         )
         with self._starting, _without_main():
@@ -146,13 +188,43 @@ class Workers:
         if self.stopped:  # meanwhile
             process.kill()
         try:
-            self._follow(node, process, ours, emit, log)
+            yield process, ours, log
         finally:
             if process.is_alive():
                 process.kill()
             process.join()
             self._running.discard(process)
             ours.close()
+
+    @contextmanager
+    def _assisted(self, node: Node) -> Iterator[None]:
+        """Let idle slots help a stage that remembers what it computes."""
+        if node.stage not in ASSISTED:
+            yield
+            return
+        ended = threading.Event()
+        helper = threading.Thread(target=self._assist, args=(node, ended), daemon=True)
+        helper.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            helper.join()
+
+    def _assist(self, node: Node, ended: threading.Event) -> None:
+        """Keep an assistant at work while its stage runs and nobody else wants the slot."""
+        if ended.wait(ASSIST_AFTER):
+            return
+        while not ended.wait(ASSIST_EVERY):
+            with self.slots.spare(node.gpus) as devices:
+                if devices is None:
+                    continue
+                with self._started(node, devices, assist=True) as (process, _, _):
+                    while process.is_alive() and not self.slots.wanted:
+                        if ended.wait(ASSIST_EVERY):
+                            return
+                    if not process.is_alive():  # it found nothing more to do
+                        return
 
     def _follow(
         self, node: Node, process: Any, pipe: Any, emit: Callable[[Progress], None], log: Path
@@ -198,8 +270,10 @@ def check_command(node: Node) -> None:
         )
 
 
-def _work(stage: str, item: str, root: str, pipe: Any, devices: list[str], log: str) -> None:
-    """Do one stage; the body of a child process."""
+def _work(
+    stage: str, item: str, root: str, pipe: Any, devices: list[str], log: str, assist: bool
+) -> None:
+    """Do one stage, or assist it; the body of a child process."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
     _redirect(log)
@@ -209,9 +283,13 @@ def _work(stage: str, item: str, root: str, pipe: Any, devices: list[str], log: 
     from tasks.__main__ import perform
     from taskvec import params
 
+    def emit(progress: Progress) -> None:
+        if not assist:
+            pipe.send(("progress", progress))
+
     try:
         loaded = params.load(Path("params.yaml"))
-        perform(stage, item, loaded, Path(root), lambda progress: pipe.send(("progress", progress)))
+        perform(stage, item, loaded, Path(root), emit, assist=assist)
     except TaskvecError as error:
         pipe.send(("error", str(error), error.exit_code))
     except Exception:

@@ -10,7 +10,7 @@ from pathlib import Path
 # The one place below `flows` that knows the plan: an entry point, which checks before it works.
 from flows import plan
 from tasks.artifacts import Artifacts
-from tasks.stages import NAMES, Progress, run
+from tasks.stages import NAMES, Emit, Progress, run
 from taskvec import params as parameters
 from taskvec.errors import InvalidInput, TaskvecError, nearest
 
@@ -36,12 +36,20 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def perform(stage: str, item: str, params: parameters.Params, root: Path, emit: object) -> None:
-    """Do one stage with deterministic arithmetic."""
+def perform(
+    stage: str,
+    item: str,
+    params: parameters.Params,
+    root: Path,
+    emit: Emit,
+    *,
+    assist: bool = False,
+) -> None:
+    """Do one stage with deterministic arithmetic, or assist the process that does it."""
     from taskvec.numeric import make_deterministic
 
     make_deterministic()
-    run(stage, item, params, Artifacts(root), emit)  # type: ignore[arg-type]
+    run(stage, item, params, Artifacts(root), emit, assist=assist)
 
 
 def _show(progress: Progress) -> None:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+EXPERIMENTS = "experiments"
+
 
 @dataclass(frozen=True)
 class Artifacts:
@@ -14,6 +16,19 @@ class Artifacts:
     def data(self) -> Path:
         """The directory that DVC versions; git ignores it."""
         return self.root / "data"
+
+    @property
+    def top(self) -> Path:
+        """The repository: what experiments share lies there."""
+        return self.root.parents[1] if self.root.parent.name == EXPERIMENTS else self.root
+
+    def code(self) -> Path:
+        """The rendered digests of code."""
+        return self.root / "code.yaml"
+
+    def memo(self) -> Path:
+        """What searches remember; no stage reads it as an input."""
+        return self.top / ".taskvec" / "answers.sqlite"
 
     def images(self, task: str, split: str) -> Path:
         """Pictures and labels of one split: alignment, train, validation or test."""
@@ -75,6 +90,18 @@ class Artifacts:
         """The test accuracies of the same table as a picture."""
         return self.data / "evaluations" / f"{name}-{seed}.svg"
 
+    def sweep_table(self, sweep: str, seed: int) -> Path:
+        """Everything that a sweep evaluated on validation data."""
+        return self.data / "sweeps" / f"{sweep}-{seed}.csv"
+
+    def sweep_chosen(self, sweep: str, seed: int) -> Path:
+        """How the edits of a sweep do at their chosen coefficients."""
+        return self.data / "sweeps" / f"{sweep}-{seed}.chosen.csv"
+
+    def few_shot(self, name: str, seed: int) -> Path:
+        """Accuracy after fine-tuning on a few labelled images a class."""
+        return self.data / "few_shots" / f"{name}-{seed}.csv"
+
     def similarity(self, seed: int) -> Path:
         """The page that shows how alike the task vectors are; no stage makes it."""
         return self.data / "pages" / f"similarity-{seed}.html"
@@ -82,6 +109,18 @@ class Artifacts:
     def report(self) -> Path:
         """The page that shows the experiment."""
         return self.data / "reports" / "index.html"
+
+    def study_text(self) -> Path:
+        """What the study of this experiment shows, committed to git."""
+        return self.root / "results.md"
+
+    def study_figures(self) -> Path:
+        """The directory of the pictures in `study_text`, committed to git."""
+        return self.root / "figures"
+
+    def studies(self) -> Path:
+        """What all studies show, committed to git."""
+        return self.root / "docs" / "results.md"
 
     def results(self) -> Path:
         """The table of results over all seeds, committed to git."""

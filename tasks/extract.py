@@ -6,18 +6,18 @@ from tasks.stages import Emit
 from taskvec import streaming
 
 
-def extract(artifacts: Artifacts, *, task: str, seed: int, emit: Emit) -> None:
+def extract(artifacts: Artifacts, *, expert: str, seed: int, emit: Emit) -> None:
     """Write the task vector with its origin (arXiv:2212.04089, section 2)."""
     del emit
     pretrained = mapped(artifacts.pretrained(), "checkpoint")
-    finetuned = mapped(artifacts.checkpoint(task, seed), "checkpoint")
-    check_origin(finetuned, pretrained.fingerprint, f"the checkpoint of {task}")
+    finetuned = mapped(artifacts.checkpoint(expert, seed), "checkpoint")
+    check_origin(finetuned, pretrained.fingerprint, f"the checkpoint of {expert}")
     streaming.extract(
         pretrained,
         finetuned,
-        artifacts.vector(task, seed),
+        artifacts.vector(expert, seed),
         names=pretrained.metadata["edited"],
         identity=pretrained.metadata["identity"],
-        task=task,
+        task=expert,
         seed=seed,
     )

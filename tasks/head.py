@@ -6,7 +6,7 @@ from tasks.stages import Emit
 from taskvec import plugins
 from taskvec.checkpoints import save
 from taskvec.heads import prototype_head
-from taskvec.params import Head, Model
+from taskvec.sections import Head, Model
 
 PROTOTYPE_SCALE = 20.0
 

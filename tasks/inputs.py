@@ -5,10 +5,10 @@ from pathlib import Path
 from torch import Tensor
 
 from tasks.artifacts import Artifacts
-from taskvec import checkpoints, plugins
+from taskvec import checkpoints, plugins, yaml_file
 from taskvec.errors import IncompatibleWeights
 from taskvec.mapped import Mapped, open_weights
-from taskvec.params import Model
+from taskvec.sections import Model
 from taskvec.towers import Tower, check_identity
 
 
@@ -56,6 +56,12 @@ def check_origin(loaded: checkpoints.Weights | Mapped, origin: str, name: str) -
             f"{name} starts from the pre-trained weights {found[:12]}, the checkpoint in use is "
             f"{origin[:12]}; run `taskvec run` to fine-tune it anew"
         )
+
+
+def evaluation_code(artifacts: Artifacts) -> str:
+    """Return the digest of the code that answers depend on, as code.yaml has it; may be empty."""
+    path = artifacts.code()
+    return str(yaml_file.read(path).get("answers", "")) if path.is_file() else ""
 
 
 def head(artifacts: Artifacts, task: str) -> Tensor:

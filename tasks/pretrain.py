@@ -5,7 +5,7 @@ from tasks.inputs import architecture
 from tasks.stages import Emit
 from taskvec import checkpoints, plugins
 from taskvec.checkpoints import load, save
-from taskvec.params import Model
+from taskvec.sections import Model
 from taskvec.towers import Alignment
 
 

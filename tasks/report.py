@@ -4,19 +4,24 @@ Both are functions of the artifacts, params.yaml and the stage graph alone: no t
 run id goes in, so that the same experiment gives the same bytes.
 """
 
+import importlib
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from tasks import graph, results
-from tasks.artifacts import Artifacts
+from tasks.artifacts import EXPERIMENTS, Artifacts
 from tasks.findings import (
+    FEASIBLE,
     Run,
     bound_verdict,
+    bounded,
     cosine_text,
+    feasible_on_test,
     forgetting,
     gain_sentences,
     gather,
@@ -27,16 +32,23 @@ from tasks.findings import (
     signed,
     span,
     spoken,
+    wording,
 )
 from tasks.stages import Emit
-from taskvec import pictures, summaries, tables
+from tasks.studies import study
+from tasks.studies.collect import collect
+from taskvec import gates, pictures, summaries, tables
+from taskvec import params as parameters
 from taskvec.atomic import write_text
 from taskvec.errors import InvalidInput, nearest
-from taskvec.params import EditParams, Params
+from taskvec.params import Constraint, EditParams, Params
 
 
 def report(artifacts: Artifacts, *, page: str, params: Params, emit: Emit) -> None:
-    """Write ``page`` (HTML, the first seed) or ``results`` (Markdown, all seeds).
+    """Write a page.
+
+    ``page`` (HTML) shows the first seed, ``results`` (Markdown) all seeds, ``study`` what the
+    experiment's study shows, and ``studies`` what all studies of the repository show.
 
     Args:
         artifacts: where files lie.
@@ -55,13 +67,31 @@ def report(artifacts: Artifacts, *, page: str, params: Params, emit: Emit) -> No
         case "results":
             runs = [gather(artifacts, params, seed) for seed in params.seeds]
             write_text(artifacts.results(), results.render(runs, params))
+        case "study":
+            module = importlib.import_module(f"tasks.studies.{params.study}")
+            study.write(artifacts, getattr(module, str(params.study))(artifacts, params))
+        case "studies":
+            write_text(artifacts.studies(), _studies(artifacts))
         case _:
-            raise InvalidInput(f"report has no page {page!r}; {nearest(page, ['page', 'results'])}")
+            pages = ["page", "results", "study", "studies"]
+            raise InvalidInput(f"report has no page {page!r}; {nearest(page, pages)}")
+
+
+def _studies(artifacts: Artifacts) -> str:
+    """Return what all studies that have run show, by the names of their experiments."""
+    texts, cut = {}, []
+    for path in sorted(artifacts.root.glob(f"{EXPERIMENTS}/*/{artifacts.study_text().name}")):
+        name = path.parent.name
+        texts[name] = path.read_text()
+        cut += [f"{name}: {what}" for what in parameters.load(path.parent / "params.yaml").cut]
+    return collect(texts, cut)
 
 
 def render_page(artifacts: Artifacts, params: Params) -> str:
     """Return the page for the first seed as HTML."""
     run = gather(artifacts, params, params.seeds[0])
+    edits = {name: edit for name, edit in params.edits.items() if name in run.chosen}
+    params = params.model_copy(update={"edits": edits})
     training = {
         task: tables.read(artifacts.training(task, run.seed), tables.Training)
         for task in params.tasks
@@ -92,7 +122,6 @@ def render_page(artifacts: Artifacts, params: Params) -> str:
         ),
         training={task: table["loss"] for task, table in training.items()},
         graph_figure=_graph_figure(artifacts.root),
-        bound_verdict=bound_verdict,
     ).strip() + "\n"  # fmt: skip
 
 
@@ -102,6 +131,9 @@ def _result_rows(run: Run, params: Params) -> list[dict[str, Any]]:
         {"name": "pre-trained", "model": "pretrained", "note": "before any edit", "mean": None},
         {"name": "fine-tuned", "model": "finetuned", "note": "one expert a task", "mean": None},
     ]
+    for name, variant in params.variants.items():
+        note = f"fine-tuned on {spoken(variant.of)}"
+        rows.append({"name": name, "model": name, "note": note, "mean": None})
     for name, edit in params.edits.items():
         several = len(edit.evaluate) > 1
         rows.append(
@@ -129,22 +161,38 @@ def _edit_rows(run: Run, params: Params) -> list[dict[str, Any]]:
                 "objective": _objective(edit),
                 "tasks": spoken(edit.objective.tasks),
                 "coefficients": run.coefficients(name),
-                "value": float(run.chosen[name]["objective"]),
+                "value": _reached(run, name, edit),
                 "points": len(run.searches[name]),
-                "feasible": bool(run.chosen[name]["feasible"]),
-                "constraint": [
-                    {
-                        "task": task,
-                        "bound": edit.constraint.min_ratio,
-                        "validation": run.scores.kept(name, task, "validation"),
-                        "test": run.scores.kept(name, task),
-                    }
-                    for task in edit.constraint.tasks
-                ]
+                "interval": run.intervals(name),
+                "price": run.price(name),
+                "constraint": _constraint_rows(run, name, edit.constraint),
+                "verdict": FEASIBLE[feasible_on_test(run, name, edit.constraint)]
                 if edit.constraint
-                else [],
+                else "",
             }
         )
+    return rows
+
+
+def _constraint_rows(
+    run: Run, name: str, constraint: Constraint | None
+) -> list[dict[str, dict[str, str]]]:
+    """Return a row a control task: for each split the figure, its interval and what they say."""
+    if not constraint:
+        return []
+    words, rows = wording(constraint), []
+    for task in constraint.tasks:
+        row = {}
+        for split in ("validation", "test"):
+            figure = bounded(run, name, constraint, task, split)
+            row[split] = {
+                "figure": f"{words.figure} on {task}",
+                "value": f"{words.show(figure.value)}{words.unit}",
+                "span": words.span(figure),
+                "verdict": bound_verdict(constraint, figure),
+                "tone": "good" if gates.holds(constraint, figure) else "bad",
+            }
+        rows.append(row)
     return rows
 
 
@@ -152,6 +200,13 @@ def _objective(edit: EditParams) -> str:
     metric = str(edit.objective.maximize or edit.objective.minimize)
     mean = "mean " if len(edit.objective.tasks) > 1 else ""
     return f"{'largest' if edit.objective.maximize else 'smallest'} {mean}{_metric(metric)}"
+
+
+def _reached(run: Run, name: str, edit: EditParams) -> str:
+    """Return the objective at the chosen coefficients, on validation data."""
+    value = float(run.chosen[name]["objective"])
+    losing = "loss" in (edit.objective.maximize, edit.objective.minimize)
+    return f"{value:.3g} nats" if losing else f"{percent(value)} %"
 
 
 def _metric(name: str) -> str:
@@ -188,12 +243,13 @@ def _search_figure(run: Run, params: Params, name: str) -> dict[str, Any]:
     label = (
         f"Search of {name} on validation data: {len(table)} points, {_objective(edit)} of "
         f"{spoken(edit.objective.tasks)}; chosen {run.coefficients(name)} with "
-        f"{percent(float(run.chosen[name]['objective']))} percent"
+        f"{_reached(run, name, edit)}"
     )
     ident = f"search-{name}"
-    if len(names) == 1:
+    kind = _figure_kind(table, names)
+    if kind == "curves":
         svg = pictures.curves(table, names[0], f"{mean}{metric}", list(params.tasks), ident, label)
-    elif len(names) == 2:
+    elif kind == "surface":
         svg = pictures.surface(table, (names[0], names[1]), f"{mean}{metric}", ident, label)
     else:
         largest = edit.objective.maximize is not None
@@ -203,21 +259,38 @@ def _search_figure(run: Run, params: Params, name: str) -> dict[str, Any]:
         "svg": Markup(svg),
         "coefficients": names,
         "table": table,
-        "constrained": _broken(edit, table),
+        "constrained": _broken(edit, table, kind),
     }
 
 
-def _broken(edit: EditParams, table: pd.DataFrame) -> str:
-    """Return where a search breaks its constraint, as a caption; empty without a constraint."""
+def _figure_kind(table: pd.DataFrame, names: list[str]) -> Literal["curves", "surface", "profiles"]:
+    """Return what shows a search: a map needs two coefficients, and a whole grid of them."""
+    if len(names) == 1:
+        return "curves"
+    columns = [f"coefficient.{name}" for name in names]
+    cells = math.prod(table[column].nunique() for column in columns)
+    whole = len(table) == cells and not table.duplicated(columns).any()
+    return "surface" if len(names) == 2 and whole else "profiles"
+
+
+def _broken(edit: EditParams, table: pd.DataFrame, kind: str) -> str:
+    """Return where a search breaks its constraint, as a caption; empty without a constraint.
+
+    Args:
+        edit: whose search.
+        table: what the figure shows.
+        kind: "curves", "surface" or "profiles".
+    """
     if not edit.constraint:
         return ""
-    rule = f"{spoken(edit.constraint.tasks)} must keep {100 * edit.constraint.min_ratio:g} %"
+    words = wording(edit.constraint)
+    rule = f"{words.figure} on {spoken(edit.constraint.tasks)}, {words.asked}"
     if table["feasible"].all():
-        return f"Constraint: {rule} of the pre-trained model's accuracy; no point breaks it."
-    mark = "Shaded" if len(edit.coefficients) == 1 else "Hatched"
-    if len(edit.coefficients) > 2:
-        return f"Constraint: {rule} of the pre-trained model's accuracy; only points that do."
-    return f"{mark}: points that break the constraint, {rule} of the pre-trained model's accuracy."
+        return f"Constraint: {rule}; no point breaks it."
+    if kind == "profiles":
+        return f"Constraint: {rule}; only points that keep it."
+    mark = "Shaded" if kind == "curves" else "Hatched"
+    return f"{mark}: points that break the constraint ({rule})."
 
 
 def _group_figures(run: Run, params: Params) -> list[dict[str, Any]]:

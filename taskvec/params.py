@@ -1,184 +1,39 @@
-"""params.yaml: read with one loader, checked completely before any work, typed afterwards.
-
-The loader reads YAML 1.2 as DVC does (`1e-5` is a number), without anchors, tags or duplicate keys.
-Every error names the line.
-"""
+"""params.yaml: checked completely before any work, typed afterwards. Every error names the line."""
 
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.events import AliasEvent, DocumentStartEvent, NodeEvent, ScalarEvent
-from ruamel.yaml.reader import ReaderError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from taskvec import expressions
 from taskvec.errors import InvalidExpression, InvalidParams, nearest
 from taskvec.plugins import Misplaced, check_options
+from taskvec.sections import (
+    Count,
+    FineTune,
+    FineTuneOverrides,
+    Finite,
+    Model,
+    Name,
+    Names,
+    Options,
+    Section,
+    Seed,
+    Task,
+    Variant,
+    distinct,
+)
+from taskvec.yaml_file import explain, plain, read
 
-MAX_BYTES = 64 * 1024
-MAX_DEPTH = 16
 MAX_COMBINATIONS = 10_000
-SHA256 = r"^[0-9a-f]{64}$"
+MAX_SUBSETS = 1024
+
+Metric = Literal["accuracy", "normalized_accuracy", "loss"]
 
 
-def _name(text: str) -> str:
-    if not re.fullmatch(expressions.NAME, text, flags=re.ASCII):
-        raise ValueError(
-            f"{text!r} is no name: expected a letter, then at most 63 letters, digits or _"
-        )
-    return text
-
-
-def _relative(text: str) -> str:
-    if (
-        text.startswith("/")
-        or "\\" in text
-        or not all(part not in ("", ".", "..") for part in text.split("/"))
-    ):
-        raise ValueError(f"{text!r} is no relative path inside the package")
-    return text
-
-
-def _option(value: Any) -> Any:
-    for item in value if isinstance(value, list) else [value]:
-        finite = not isinstance(item, float) or math.isfinite(item)
-        if not isinstance(item, bool | int | float | str) or not finite:
-            raise ValueError(f"expected a finite number, text, true, false or a list, not {item!r}")
-    return value
-
-
-def _distinct(values: list[Any]) -> list[Any]:
-    for place, value in enumerate(values):
-        if value in values[:place]:
-            raise Misplaced(f"{value!r} stands twice", place)
-    return values
-
-
-Name = Annotated[str, AfterValidator(_name)]
-Names = Annotated[list[Name], Field(min_length=1), AfterValidator(_distinct)]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Options = dict[str, Annotated[Any, AfterValidator(_option)]]
-
-
-class Section(BaseModel):
-    """A part of params.yaml: immutable, no unknown keys, no silent conversions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Source(Section):
-    """Package data as a parameter: which package, which version, which bytes."""
-
-    package: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    version: str = Field(pattern=r"^[0-9A-Za-z.+!-]{1,32}$")
-    files: dict[Annotated[str, AfterValidator(_relative)], Annotated[str, Field(pattern=SHA256)]]
-
-
-class Data(Section):
-    """What a task learns from: an adapter of taskvec/datasets/ and how its items are split."""
-
-    dataset: Name
-    options: Options = {}
-    source: Source
-    train: Count
-    validation: Count
-    test: Count
-    seed: Seed = 0
-
-    @model_validator(mode="after")
-    def _known_adapter(self) -> Self:
-        check_options("datasets", self.dataset, self.options)
-        return self
-
-
-class Head(Section):
-    """The frozen classifier of a task: prompts through the text tower, or class prototypes."""
-
-    kind: Literal["text", "prototypes"]
-    classes: Annotated[list[str], Field(min_length=2), AfterValidator(_distinct)]
-    templates: list[str] = []
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if self.kind == "text" and not self.templates:
-            raise ValueError("a text head needs templates, for example ['a photo of a {}.']")
-        for place, text in enumerate(self.templates):
-            if text.count("{}") != 1:
-                message = f"{text!r} must hold {{}} once, for the class name"
-                raise Misplaced(message, "templates", place)
-        return self
-
-
-class FineTune(Section):
-    """How a task is learnt; a task may override any of it."""
-
-    steps: Count
-    batch_size: Count
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    warmup: Annotated[float, Field(ge=0, le=1)]
-    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class FineTuneOverrides(Section):
-    """The part of `FineTune` that differs for one task."""
-
-    steps: Count | None = None
-    batch_size: Count | None = None
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    warmup: Annotated[float, Field(ge=0, le=1)] | None = None
-    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-
-
-class Task(Section):
-    """Something to learn: data and a head."""
-
-    data: Data
-    head: Head
-    fine_tune: FineTuneOverrides
-
-
-class Model(Section):
-    """The pre-trained model: a family of taskvec/models/ and its options.
-
-    Without ``image_size`` pictures get the size that the model itself takes.
-    """
-
-    family: Name
-    image_size: Count | None = None
-    options: Options = {}
-    align_tasks: Annotated[list[Name], AfterValidator(_distinct)] = []
-    shots: Annotated[int, Field(ge=0, lt=2**31)] = 0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _gather_options(cls, value: Any) -> Any:
-        """Let options stand flat beside the family: `{family: open_clip, name: ViT-B-32}`."""
-        if not isinstance(value, dict):
-            return value
-        own = {key: item for key, item in value.items() if key in cls.model_fields}
-        flat = {key: item for key, item in value.items() if key not in cls.model_fields}
-        nested = own.get("options", {})
-        if not isinstance(nested, dict):
-            return own
-        for key in flat:
-            if key in nested:
-                raise Misplaced("stands twice, here and under options", key)
-        return {**own, "options": {**nested, **flat}}
-
-    @model_validator(mode="after")
-    def _known_family(self) -> Self:
-        check_options("models", self.family, self.options)
-        if self.align_tasks and not self.shots:
-            raise ValueError("align_tasks needs shots >= 1: pictures a class that the base may see")
-        return self
+BOUNDS = ("min_ratio", "max_ratio", "min", "max", "max_drop", "max_rise")
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(distinct)]
 
 
 class Range(Section):
@@ -206,10 +61,13 @@ class Range(Section):
 
 
 class Objective(Section):
-    """What the search makes large or small, averaged over tasks, on validation data."""
+    """What the search makes large or small, averaged over tasks, on validation data.
 
-    maximize: Literal["accuracy", "normalized_accuracy"] | None = None
-    minimize: Literal["accuracy", "normalized_accuracy"] | None = None
+    ``normalized_accuracy`` is accuracy / fine-tuned accuracy, ``loss`` the cross-entropy in nats.
+    """
+
+    maximize: Metric | None = None
+    minimize: Metric | None = None
     tasks: Names
 
     @model_validator(mode="after")
@@ -220,22 +78,72 @@ class Objective(Section):
 
 
 class Constraint(Section):
-    """What an edit must keep: accuracy on control tasks, as a share of the pre-trained model's."""
+    """What an edit must keep on each control task: one bound on one metric.
+
+    ``min_ratio`` and ``max_ratio`` are shares of the pre-trained model's value, ``min`` and ``max``
+    are absolute, ``max_drop`` and ``max_rise`` differences from the pre-trained model's value. The
+    perplexity is exp(loss). The paper has accuracy min_ratio 0.95 for pictures and perplexity
+    max_rise 0.5 for text (arXiv:2212.04089, section 3).
+    """
 
     tasks: Names
-    min_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    metric: Literal["accuracy", "loss", "perplexity"] = "accuracy"
+    min_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    min: Finite | None = None
+    max: Finite | None = None
+    max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    max_rise: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if len(self._given()) != 1:
+            raise ValueError(f"give exactly one of {', '.join(BOUNDS)}")
+        return self
+
+    @property
+    def rule(self) -> tuple[str, float]:
+        """The kind of bound and its value: ``("min_ratio", 0.95)``."""
+        return self._given()[0]
+
+    def _given(self) -> list[tuple[str, float]]:
+        found = [(kind, getattr(self, kind)) for kind in BOUNDS]
+        return [(kind, value) for kind, value in found if value is not None]
+
+
+class SearchParams(Section):
+    """How the coefficients are found: a strategy of taskvec/strategies/ and its options.
+
+    The budget counts evaluations of validation images; it is the price of the whole grid unless it
+    is set. The seed is for strategies that draw.
+    """
+
+    strategy: Name = "grid"
+    options: Options = {}
+    budget: Count | None = None
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _known_strategy(self) -> Self:
+        check_options("strategies", self.strategy, self.options)
+        return self
 
 
 class EditParams(Section):
-    """An edit: expression, ranges of its coefficients, objective, constraint, evaluation."""
+    """An edit: expression, ranges of its coefficients, objective, constraint, evaluation.
+
+    It is made for all seeds of the experiment unless ``seeds`` names some of them.
+    """
 
     expression: str
     coefficients: Annotated[dict[Name, Range], Field(min_length=1)]
     objective: Objective
     constraint: Constraint | None = None
     select: Literal["best", "largest"] = "best"
+    search: SearchParams = SearchParams()
     evaluate: Names
     group: Name | None = None
+    seeds: Seeds | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -256,31 +164,190 @@ class EditParams(Section):
         return self
 
 
-class Params(Section):
-    """The whole of params.yaml."""
+class Sweep(Section):
+    """Many edits ``c * (sum of some vectors)`` as rows of one table; no file is written for each.
 
-    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
+    Attributes:
+        vectors: of which tasks.
+        sizes: how many vectors an edit sums: [2] for all pairs.
+        coefficient: what is tried for c.
+        evaluate: the tasks of the edit's own vectors, or all of ``vectors``.
+        screen: if set, the edits are first compared on so many stratified validation images a task,
+            with coefficients from coarse to fine, and only the best go on.
+        keep: how many go on from the screening, beside the largest sum.
+        ensembles: also evaluate the mean of the logits of the models that are summed (appendix F).
+        seeds: all of the experiment's unless set.
+    """
+
+    vectors: Names
+    sizes: Annotated[list[Count], Field(min_length=1), AfterValidator(distinct)]
+    coefficient: Range
+    evaluate: Literal["own", "all"] = "own"
+    screen: Count | None = None
+    keep: Count = 20
+    ensembles: bool = False
+    seeds: Seeds | None = None
+
+    @model_validator(mode="after")
+    def _countable(self) -> Self:
+        for place, size in enumerate(self.sizes):
+            if size > len(self.vectors):
+                message = f"{size} vectors at once, but there are {len(self.vectors)}"
+                raise Misplaced(message, "sizes", place)
+        number = sum(math.comb(len(self.vectors), size) for size in self.sizes)
+        if number > MAX_SUBSETS:
+            raise Misplaced(f"{number} subsets; at most {MAX_SUBSETS}", "sizes")
+        return self
+
+
+class FewShot(Section):
+    """How far some labelled images a class take an edited model and the pre-trained one.
+
+    Attributes:
+        task: whose images are used and who is evaluated.
+        edits: the starts beside the pre-trained model.
+        shots: labelled training images a class.
+        fine_tune: what differs from the experiment's recipe.
+        seeds: all of the experiment's unless set.
+    """
+
+    task: Name
+    edits: Names
+    shots: Annotated[
+        list[Annotated[int, Field(ge=0, le=10_000)]], Field(min_length=1), AfterValidator(distinct)
+    ]
+    fine_tune: FineTuneOverrides = FineTuneOverrides()
+    seeds: Seeds | None = None
+
+
+class Gates(Section):
+    """When a run stops by itself, and which gates are overridden with which reason.
+
+    Attributes:
+        expert_tolerance: how far the accuracy of a fine-tuned checkpoint, evaluated from its file,
+            may be from the one recorded in it; a fraction.
+        leak_margin: how far test accuracy may exceed validation accuracy before the two-sample test
+            is asked, and
+        leak_level: its level over all checks of the experiment.
+        override: "expert NAME" or "leak NAME" -> why; recorded with every result.
+    """
+
+    expert_tolerance: Annotated[float, Field(ge=0, le=1)] = 0.005
+    leak_margin: Annotated[float, Field(ge=0, le=1)] = 0.05
+    leak_level: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    override: dict[
+        Annotated[str, Field(pattern=r"^(expert|leak) [A-Za-z][A-Za-z0-9_]{0,63}$")],
+        Annotated[str, Field(min_length=3, max_length=500)],
+    ] = {}
+
+
+class Params(Section):
+    """The whole of params.yaml.
+
+    Names of tasks, variants, edits, sweeps and few_shots are names of files: all differ. A
+    ``study`` names the page of tasks/studies/ that is made of it; ``budget_minutes`` is what its
+    run may take on two cores, for whoever waits, and ``cut`` what was left out to fit in.
+    """
+
+    study: Name | None = None
+    budget_minutes: Count | None = None
+    cut: list[str] = []
+    seeds: Seeds
     model: Model
     fine_tune: FineTune
+    gates: Gates = Gates()
     tasks: Annotated[dict[Name, Task], Field(min_length=1)]
+    variants: dict[Name, Variant] = {}
     edits: dict[Name, EditParams]
+    sweeps: dict[Name, Sweep] = {}
+    few_shots: dict[Name, FewShot] = {}
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
+        self._check_distinct()
         self._check_tasks(self.model.align_tasks, "model", "align_tasks")
+        for name, variant in self.variants.items():
+            self._check_tasks(variant.of, "variants", name, "of")
+            self._check_tasks(variant.evaluate, "variants", name, "evaluate")
+            self._check_recipe(self.recipe(name), "variants", name)
+        for name in self.tasks:
+            self._check_recipe(self.recipe(name), "tasks", name)
         for name, edit in self.edits.items():
-            if name in self.tasks:
-                raise Misplaced("a task has this name; rename the edit", "edits", name)
-            self._check_tasks(edit.evaluate, "edits", name, "evaluate")
-            for coefficient in edit.coefficients:
-                if coefficient in self.tasks:
-                    message = f"{coefficient!r} is a task; rename the coefficient"
-                    raise Misplaced(message, "edits", name, "coefficients", coefficient)
-            try:
-                self._check_expression(name, edit)
-            except InvalidExpression as error:
-                raise Misplaced(str(error), "edits", name, "expression") from None
+            self._check_edit(name, edit)
+        for name, sweep in self.sweeps.items():
+            self._check_tasks(sweep.vectors, "sweeps", name, "vectors")
+        for name, few in self.few_shots.items():
+            self._check_tasks([few.task], "few_shots", name, "task")
+            self._check_recipe(self.overridden(few.fine_tune), "few_shots", name)
+            for place, edit_name in enumerate(few.edits):
+                if edit_name not in self.edits:
+                    message = f"unknown edit {edit_name!r}; {nearest(edit_name, self.edits)}"
+                    raise Misplaced(message, "few_shots", name, "edits", place)
+        known = [*self.experts, *self.edits]
+        for key in self.gates.override:
+            name = key.split()[1]
+            if name not in known:
+                message = f"no task, variant or edit {name!r}; {nearest(name, known)}"
+                raise Misplaced(message, "gates", "override", key)
+        for section in ("edits", "sweeps", "few_shots"):
+            for name, item in getattr(self, section).items():
+                for place, seed in enumerate(item.seeds or ()):
+                    if seed not in self.seeds:
+                        message = f"the experiment has no seed {seed}, only {self.seeds}"
+                        raise Misplaced(message, section, name, "seeds", place)
         return self
+
+    @property
+    def experts(self) -> list[str]:
+        """The names of all fine-tuned models, and so of all task vectors: tasks, then variants."""
+        return [*self.tasks, *self.variants]
+
+    def learnt(self, expert: str) -> list[str]:
+        """Return the tasks that an expert is fine-tuned on: itself, or what its variant is of."""
+        return [expert] if expert in self.tasks else self.variants[expert].of
+
+    def evaluated(self, variant: str) -> list[str]:
+        """Return the tasks that a variant is evaluated on."""
+        return self.variants[variant].evaluate or self.variants[variant].of
+
+    @property
+    def checks(self) -> int:
+        """How often a test accuracy is compared with a validation accuracy, over all seeds."""
+        ours = len(self.tasks) + sum(len(self.evaluated(name)) for name in self.variants)
+        return ours * len(self.seeds) + sum(
+            len(edit.evaluate) * len(self.seeds_of(edit)) for edit in self.edits.values()
+        )
+
+    def seeds_of(self, item: "EditParams | Sweep | FewShot") -> list[int]:
+        """Return the seeds for which an edit, a sweep or a few-shot study is made."""
+        return item.seeds or self.seeds
+
+    def _check_distinct(self) -> None:
+        seen: dict[str, str] = {}
+        for section in ("tasks", "variants", "edits", "sweeps", "few_shots"):
+            for name in getattr(self, section):
+                if name in seen:
+                    message = f"{seen[name]} has this name; names are names of files"
+                    raise Misplaced(message, section, name)
+                seen[name] = section
+
+    def _check_recipe(self, recipe: FineTune, section: str, name: str) -> None:
+        try:
+            FineTune.model_validate(recipe.model_dump())
+        except ValidationError as error:
+            text = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise Misplaced(text, section, name, "fine_tune") from None
+
+    def _check_edit(self, name: str, edit: EditParams) -> None:
+        self._check_tasks(edit.evaluate, "edits", name, "evaluate")
+        for coefficient in edit.coefficients:
+            if coefficient in self.experts:
+                message = f"{coefficient!r} is a task or a variant; rename the coefficient"
+                raise Misplaced(message, "edits", name, "coefficients", coefficient)
+        try:
+            self._check_expression(name, edit)
+        except InvalidExpression as error:
+            raise Misplaced(str(error), "edits", name, "expression") from None
 
     def _check_tasks(self, names: list[str], *place: str) -> None:
         for i, name in enumerate(names):
@@ -288,7 +355,7 @@ class Params(Section):
                 raise Misplaced(f"unknown task {name!r}; {nearest(name, self.tasks)}", *place, i)
 
     def _check_expression(self, name: str, edit: EditParams) -> None:
-        known = {*self.tasks, *edit.coefficients}
+        known = {*self.experts, *edit.coefficients}
         for found in expressions.names(edit.expression):
             if found not in known:
                 raise InvalidExpression(
@@ -296,7 +363,7 @@ class Params(Section):
                     f"{nearest(found, known)}; a coefficient needs a range: "
                     f"edits.{name}.coefficients: {{{found}: {{low: 0, high: 1, points: 21}}}}"
                 )
-        parsed = expressions.parse(edit.expression, self.tasks, edit.coefficients)
+        parsed = expressions.parse(edit.expression, self.experts, edit.coefficients)
         for coefficient in edit.coefficients:
             if coefficient not in parsed.coefficients:
                 raise InvalidExpression(
@@ -313,13 +380,16 @@ class Params(Section):
     def parse(self, name: str) -> expressions.Edit:
         """Return the normal form of the expression of the edit called ``name``."""
         edit = self.edits[name]
-        return expressions.parse(edit.expression, self.tasks, edit.coefficients)
+        return expressions.parse(edit.expression, self.experts, edit.coefficients)
 
-    def recipe(self, task: str) -> FineTune:
-        """Return how a task is fine-tuned: the shared recipe with the task's own overrides."""
-        return self.fine_tune.model_copy(
-            update=self.tasks[task].fine_tune.model_dump(exclude_none=True)
-        )
+    def recipe(self, expert: str) -> FineTune:
+        """Return how an expert is fine-tuned: the shared recipe with its own overrides."""
+        own = self.tasks[expert] if expert in self.tasks else self.variants[expert]
+        return self.overridden(own.fine_tune)
+
+    def overridden(self, overrides: FineTuneOverrides) -> FineTune:
+        """Return the shared recipe with overrides."""
+        return self.fine_tune.model_copy(update=overrides.model_dump(exclude_none=True))
 
 
 def load(path: Path) -> Params:
@@ -331,101 +401,10 @@ def load(path: Path) -> Params:
     return validate(read(path), str(path))
 
 
-def read(path: Path) -> Any:
-    """Return the raw contents of a params.yaml, with line numbers attached."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise InvalidParams(f"{path} does not exist; run taskvec in the project's root") from None
-    if len(data) > MAX_BYTES:
-        raise InvalidParams(f"{path} has {len(data)} bytes; at most {MAX_BYTES}")
-    try:
-        text = data.decode()
-        _refuse_tricks(text, path)
-        return YAML(typ="rt", pure=True).load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = mark.line + 1 if mark else 1
-        raise InvalidParams(f"{path}:{line}: {error.problem or error.context}") from None
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InvalidParams(f"{path}:{line}: not UTF-8: {error.reason}") from None
-    except ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise InvalidParams(f"{path}:{line}: {error.reason}") from None
-    except ValueError as error:
-        raise InvalidParams(f"{path}: {error}") from None
-
-
 def validate(raw: Any, path: str = "params.yaml") -> Params:
     """Return raw contents as checked `Params`."""
     try:
         return Params.model_validate(plain(raw))
     except ValidationError as error:
-        lines = [_explain(item, raw, path) for item in error.errors()]
+        lines = [explain(item, raw, path) for item in error.errors()]
         raise InvalidParams("\n".join(lines)) from None
-
-
-def plain(value: Any) -> Any:
-    """Return loader types (which carry comments and lines) as plain Python ones."""
-    if isinstance(value, dict):
-        return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    return value
-
-
-def _refuse_tricks(text: str, path: Path) -> None:
-    depth = 0
-    for event in YAML(typ="rt", pure=True).parse(text):
-        line = event.start_mark.line + 1
-        if isinstance(event, AliasEvent) or (isinstance(event, NodeEvent) and event.anchor):
-            raise InvalidParams(f"{path}:{line}: anchors and aliases are not allowed")
-        tag = getattr(event, "tag", None)
-        if tag:
-            raise InvalidParams(f"{path}:{line}: tags such as {tag} are not allowed")
-        if isinstance(event, DocumentStartEvent) and (event.version or event.tags):
-            raise InvalidParams(f"{path}:{line}: directives such as %YAML are not allowed")
-        if isinstance(event, ScalarEvent) and event.value == "<<" and event.style is None:
-            raise InvalidParams(f"{path}:{line}: merge keys (<<) are not allowed")
-        if isinstance(event, ScalarEvent) and re.search(r"[\ud800-\udfff]", event.value):
-            raise InvalidParams(f"{path}:{line}: half of a surrogate pair is no character")
-        name = type(event).__name__
-        depth += name.endswith("StartEvent") - name.endswith("EndEvent")
-        if depth > MAX_DEPTH + 2:
-            raise InvalidParams(f"{path}:{line}: nested deeper than {MAX_DEPTH}")
-
-
-def _explain(error: Any, raw: Any, path: str) -> str:
-    """Return one line for one pydantic error: file, line, key, what was found."""
-    place = getattr(error.get("ctx", {}).get("error"), "place", ())
-    line, key = _find(raw, [*error["loc"], *place])
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        message = "unknown key"
-    elif error["type"] != "value_error" and not isinstance(error["input"], dict | list):
-        message = f"{message}, found {error['input']!r}"
-    return f"{path}:{line}: {key + ': ' if key else ''}{message}"
-
-
-def _find(raw: Any, location: list[Any]) -> tuple[int, str]:
-    """Return the 1-based line of the deepest part of a location that the file holds, and its key.
-
-    A location also holds what the file does not: a mark for keys, and ``options`` where they stand
-    flat beside the family.
-    """
-    line, node, keys = 1, raw, []
-    for part in location:
-        try:
-            mark = node.lc.data[part]
-            node = node[part]
-        except (AttributeError, KeyError, IndexError, TypeError):
-            if part not in ("options", "[key]"):
-                keys.append(str(part))
-            continue
-        line = mark[0] + 1
-        keys.append(str(part))
-    return line, ".".join(keys)

@@ -1,4 +1,4 @@
-"""Modules that are found by their name: data adapters, model families, merging methods.
+"""Modules found by name: data adapters, model families, merging methods, search strategies.
 
 Their options are the keyword arguments of one function, read from the source without importing it,
 so that a mistake in params.yaml is reported before torch is even loaded.
@@ -15,9 +15,9 @@ from typing import Any, Literal
 from taskvec import options as kinds
 from taskvec.errors import nearest
 
-# The function that makes a module one of its room; a merging method has the module's own name.
-ENTRY = {"datasets": "load", "models": "tower", "merging": ""}
-KEY = {"datasets": "dataset", "models": "family", "merging": "method"}
+# The function that makes a module one of its room; empty: it has the module's own name.
+ENTRY = {"datasets": "load", "models": "tower", "merging": "", "strategies": ""}
+KEY = {"datasets": "dataset", "models": "family", "merging": "method", "strategies": "strategy"}
 
 
 class Misplaced(ValueError):

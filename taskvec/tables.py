@@ -16,7 +16,7 @@ from taskvec.atomic import write_text
 from taskvec.errors import InvalidData, MissingArtifact
 
 SPLITS = ["train", "validation", "test"]
-TEXT = ("split", "group", "digest", "model", "task")
+TEXT = ("split", "group", "digest", "model", "task", "subset", "kind", "start")
 
 
 class Table(pa.DataFrameModel):
@@ -31,7 +31,7 @@ class Table(pa.DataFrameModel):
 
     @pa.dataframe_check(error="numbers must be finite")
     def _finite(cls, table: pd.DataFrame) -> Any:
-        return np.isfinite(table.select_dtypes("float")).all(axis=1)
+        return ~np.isinf(table.select_dtypes("float")).any(axis=1)  # NaN: see nullable
 
 
 class Items(Table):
@@ -43,6 +43,9 @@ class Items(Table):
     label: Series[int] = pa.Field(ge=0)
     digest: Series[str] = pa.Field(str_matches=r"^[0-9a-f]{64}$", description="of the pixels")
     alignment: Series[bool] = pa.Field(description="one of the pictures that align the base")
+    classes: Series[int] | None = pa.Field(
+        ge=2, description="of the head, where not all of them occur in the data"
+    )
 
     @pa.dataframe_check(error="an item is in two splits")
     def _disjoint(cls, table: pd.DataFrame) -> Any:
@@ -56,9 +59,11 @@ class Items(Table):
     def _alignment_trains(cls, table: pd.DataFrame) -> Any:
         return ~table["alignment"] | (table["split"] == "train")
 
-    @pa.check("label", error="labels must be dense: 0 to the number of classes - 1")
-    def _dense(cls, labels: Any) -> bool:
-        found = set(labels)
+    @pa.dataframe_check(error="labels must be dense: 0 to the number of classes - 1")
+    def _dense(cls, table: pd.DataFrame) -> Any:
+        if "classes" in table:
+            return table["label"] < table["classes"]
+        found = set(table["label"])
         return bool(found) and found == set(range(len(found)))
 
 
@@ -71,31 +76,45 @@ class Training(Table):
 
 
 class Search(Table):
-    """Every combination of coefficients that a search evaluated, on validation data.
+    """Everything that a search evaluated, in order, on validation data.
 
-    Beside these columns: ``coefficient.NAME``, ``option.METHOD.NAME`` for an option that has
-    several values, and for each task of the objective and of the constraint ``accuracy.TASK`` and
-    ``ratio.TASK`` (to the pre-trained model's accuracy).
+    Beside these columns: ``coefficient.NAME`` (``coefficient.NAME@LAYER`` where layers have values
+    of their own), ``option.METHOD.NAME`` for an option that has several values, and for each task
+    of the objective and of the constraint ``accuracy.TASK``, ``loss.TASK`` (mean cross-entropy in
+    nats) and ``ratio.TASK`` (to the pre-trained model's accuracy). A strategy may look at a part of
+    the items first: such a row has ``complete`` false, and only complete rows can be compared.
     """
 
     point: Series[int] = pa.Field(ge=0, unique=True)
     coefficient: Series[float] = pa.Field(alias=r"^coefficient\..+$", regex=True)
     option: Series[object] | None = pa.Field(alias=r"^option\..+$", regex=True)
     accuracy: Series[float] = pa.Field(alias=r"^accuracy\..+$", regex=True, ge=0, le=1)
+    loss: Series[float] = pa.Field(alias=r"^loss\..+$", regex=True, ge=0)
     ratio: Series[float] = pa.Field(alias=r"^ratio\..+$", regex=True, ge=0, nullable=True)
     objective: Series[float] = pa.Field(description="the value that is made large or small")
+    items: Series[int] = pa.Field(ge=1, description="validation items asked, over all tasks")
+    complete: Series[bool] = pa.Field(description="these are all validation items")
     feasible: Series[bool] = pa.Field(description="the constraint holds, or there is none")
+    not_worse: Series[bool] = pa.Field(
+        description="complete, feasible and not significantly worse than the chosen one"
+    )
     chosen: Series[bool]
 
     @pa.check("chosen", error="exactly one point must be chosen")
     def _one(cls, chosen: Any) -> bool:
         return int(chosen.sum()) == 1
 
+    @pa.dataframe_check(error="only complete points can be chosen or compared")
+    def _compared(cls, table: pd.DataFrame) -> Any:
+        return table["complete"] | ~(table["chosen"] | table["not_worse"])
+
 
 class Evaluation(Table):
     """How models do on tasks: one row a model, task and split."""
 
-    model: Series[str] = pa.Field(description="pretrained, finetuned or the name of an edit")
+    model: Series[str] = pa.Field(
+        description="pretrained, finetuned or the name of a variant or an edit"
+    )
     seed: Series[int] = pa.Field(ge=0)
     task: Series[str]
     split: Series[str] = pa.Field(isin=["validation", "test"])
@@ -104,6 +123,9 @@ class Evaluation(Table):
     accuracy: Series[float] = pa.Field(ge=0, le=1)
     low: Series[float] = pa.Field(ge=0, le=1, description="Wilson interval, 95 %, lower end")
     high: Series[float] = pa.Field(ge=0, le=1, description="Wilson interval, 95 %, upper end")
+    loss: Series[float] = pa.Field(ge=0, description="mean cross-entropy, nats")
+    loss_low: Series[float] = pa.Field(ge=0, description="normal interval, 95 %, lower end")
+    loss_high: Series[float] = pa.Field(ge=0, description="normal interval, 95 %, upper end")
     normalized: Series[float] = pa.Field(ge=0, description="accuracy / fine-tuned accuracy")
     ratio: Series[float] = pa.Field(
         ge=0, nullable=True, description="accuracy / pre-trained accuracy"
@@ -119,6 +141,10 @@ class Evaluation(Table):
         exact = (table["accuracy"] - table["correct"] / table["items"]).abs() < 1e-12
         inside = (table["low"] <= table["accuracy"]) & (table["accuracy"] <= table["high"])
         return exact & inside
+
+    @pa.dataframe_check(error="the loss must be inside its interval")
+    def _loss_inside(cls, table: pd.DataFrame) -> Any:
+        return (table["loss_low"] <= table["loss"]) & (table["loss"] <= table["loss_high"])
 
 
 def check(table: pd.DataFrame, schema: type[Table], name: str) -> pd.DataFrame:
@@ -143,7 +169,8 @@ def check(table: pd.DataFrame, schema: type[Table], name: str) -> pd.DataFrame:
 def _refuse_conversions(before: pd.DataFrame, after: pd.DataFrame, name: str) -> None:
     """Refuse a column whose values the schema's type would change: 1.5 is no count."""
     for column in before:
-        changed = (before[column] != after[column]).to_numpy()
+        empty = before[column].isna() & after[column].isna()
+        changed = ((before[column] != after[column]) & ~empty).to_numpy()
         if changed.any():
             row = int(changed.argmax())
             raise InvalidData(
@@ -163,5 +190,5 @@ def read(path: Path, schema: type[Table]) -> pd.DataFrame:
     if not path.is_file():
         raise MissingArtifact(f"{path} does not exist; `taskvec run` makes it")
     # A group 007 is no number and a task may be called nan: names are read as they stand.
-    table = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False)
+    table = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=[""])
     return check(table, schema, path.name)

@@ -1,10 +1,10 @@
-"""Fine-tuning one task: all of the tower's edited parameters, the head frozen.
+"""Fine-tuning on one task or several at once: all edited parameters, the heads frozen.
 
 The paper's recipe (arXiv:2212.04089, appendix B): AdamW, linear warm-up, cosine decay, gradient
 norm clipped as in its code; the number of steps, batch and rate are in params.yaml.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import cos, pi
 
@@ -13,8 +13,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from taskvec.errors import InvalidData
-from taskvec.params import FineTune
+from taskvec.sections import FineTune
 from taskvec.towers import PREFIX, Tower
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The training items of one task.
+
+    Attributes:
+        head: (classes, D), frozen.
+        images: (N, 3, S, S) uint8.
+        labels: (N,) int64.
+    """
+
+    head: Tensor
+    images: Tensor
+    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -28,9 +43,7 @@ class Step:
 
 def fine_tune(
     tower: Tower,
-    head: Tensor,
-    images: Tensor,
-    labels: Tensor,
+    lessons: Sequence[Lesson],
     recipe: FineTune,
     seed: int,
     on_step: Callable[[Step], None] = lambda step: None,
@@ -39,10 +52,8 @@ def fine_tune(
 
     Args:
         tower: holds theta_pre; afterwards theta_ft. Batch statistics stay as they are.
-        head: (classes, D), frozen.
-        images: (N, 3, S, S) uint8.
-        labels: (N,) int64.
-        recipe: steps, batch size, rate and so on.
+        lessons: what to learn; of several, every batch holds items as they are drawn from all.
+        recipe: steps, batch size, rate and so on; ``ascend`` makes the loss large instead.
         seed: decides the order of the pictures.
         on_step: is told every step while training goes on.
 
@@ -58,25 +69,47 @@ def fine_tune(
     optimizer = torch.optim.AdamW(
         parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
-    weights = head.to(tower.device)
+    heads = [lesson.head.to(tower.device) for lesson in lessons]
+    sign = -1.0 if recipe.direction == "ascend" else 1.0
+    items = sum(len(lesson.labels) for lesson in lessons)
     steps = []
-    for number, batch in enumerate(batches(len(images), recipe, seed), start=1):
+    for number, batch in enumerate(batches(items, recipe, seed), start=1):
         rate = recipe.learning_rate * schedule(number, recipe.steps, recipe.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        logits = tower.features(images[batch]) @ weights.T
-        loss = functional.cross_entropy(logits, labels[batch].to(tower.device))
+        loss = _loss(tower, heads, lessons, batch)
         if not torch.isfinite(loss):
             raise InvalidData(
                 f"the loss is {loss.item()} at step {number}; use a smaller fine_tune.learning_rate"
             )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (sign * loss).backward()
         torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
         optimizer.step()
         steps.append(Step(number, loss.item(), rate))
         on_step(steps[-1])
+        if number == recipe.stop_after:
+            break
     return steps
+
+
+def _loss(
+    tower: Tower, heads: Sequence[Tensor], lessons: Sequence[Lesson], batch: Tensor
+) -> Tensor:
+    """Return the mean cross-entropy of a batch of positions in the lessons, one after the other."""
+    images, labels, start = [], [], 0
+    for lesson in lessons:
+        own = batch[(batch >= start) & (batch < start + len(lesson.labels))] - start
+        images.append(lesson.images[own])
+        labels.append(lesson.labels[own].to(tower.device))
+        start += len(lesson.labels)
+    features = tower.features(torch.cat(images)).split([len(part) for part in labels])
+    losses = [
+        functional.cross_entropy(part @ head.T, label, reduction="sum")
+        for part, head, label in zip(features, heads, labels, strict=True)
+        if len(label)
+    ]
+    return torch.stack(losses).sum() / len(batch)
 
 
 def batches(items: int, recipe: FineTune, seed: int) -> Iterator[Tensor]:

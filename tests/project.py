@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 EXPERIMENT = """
 seeds: [0]
+gates: {expert_tolerance: 0.005, leak_margin: 0.05, leak_level: 0.001}
 model: {family: bundled, image_size: 32, align_tasks: [digits, faces], shots: 2}
 fine_tune:
   {steps: 6, batch_size: 16, learning_rate: 1e-4, weight_decay: 0.0, warmup: 0.1, clip_norm: 1.0}

@@ -5,6 +5,7 @@ stored figures of tests/golden/merging.json are made here; ``python -m tests.ref
 writes them again. DARE and DELLA draw random numbers and have laws instead of figures.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -315,6 +316,27 @@ def slerp(vectors: Vectors, *, t: float = 0.5) -> Tensors:
     return per_tensor(vectors, merge)
 
 
+def random_like(vectors: Vectors, *, seed: int = 0) -> Tensors:
+    """The uniform numbers are those of taskvec/random_masks.py, two for two elements."""
+    ((label, tensors),) = vectors.items()
+
+    def normal(name: str, size: int) -> list[float]:
+        key = hashlib.sha256(json.dumps([seed, label, name]).encode()).digest()[:16]
+        words = np.random.Philox(key=int.from_bytes(key, "little")).random_raw((size + 1) // 2)
+        found: list[float] = []
+        for word in words.tolist():
+            first, second = ((half + 0.5) / 2**32 for half in (word % 2**32, word >> 32))
+            radius = math.sqrt(-2 * math.log(first))
+            found += [f(2 * math.pi * second) * radius for f in (math.cos, math.sin)]
+        return found[:size]
+
+    def like(name: str, deltas: list[Matrix]) -> Matrix:
+        noise = np.array(normal(name, deltas[0].size)).reshape(deltas[0].shape)
+        return noise * (np.linalg.norm(deltas[0]) / (np.linalg.norm(noise) or 1))
+
+    return per_tensor({label: tensors}, like)
+
+
 # --------------------------------------------------------------------------------------------
 # The stored figures
 
@@ -335,6 +357,7 @@ SOURCES = {
     "wudi": "Cheng et al., arXiv:2503.08099: Adam on sum_t |(tau - d_t) d_t'|^2 / |d_t|^2",
     "model_stock": "Jang et al., arXiv:2403.19522: N cos / (1 + (N - 1) cos) times the mean",
     "slerp": "Shoemake, SIGGRAPH 1985: the great arc between two vectors",
+    "random_like": "Ilharco et al., arXiv:2212.04089: Gaussian noise with the norm of d, by tensor",
 }
 
 ALL = ["a", "b", "c"]
@@ -357,6 +380,8 @@ BOTH: list[tuple[str, dict[str, Any], list[str]]] = [
     ("model_stock", {}, ALL),
     ("slerp", {}, ["a", "b"]),
     ("slerp", {"t": 0.25}, ["b", "c"]),
+    ("random_like", {}, ["a"]),
+    ("random_like", {"seed": 7}, ["b"]),
 ]
 # Equal numbers decide nothing here, or make the singular vectors arbitrary.
 DISTINCT: list[tuple[str, dict[str, Any], list[str]]] = [

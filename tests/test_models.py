@@ -27,7 +27,7 @@ from taskvec.errors import (
 )
 from taskvec.models import bundled
 from taskvec.models import open_clip as family
-from taskvec.params import Source
+from taskvec.sections import Source
 from taskvec.towers import Alignment, Tower, check_identity
 from tests.test_towers import assert_same, coloured
 

@@ -27,7 +27,7 @@ COMMAND = re.compile(
     r"python -m tasks (prepare|head) \$\{item\}"
     r"|python -m tasks (fine_tune|extract|evaluate) \$\{item\.task\}-\$\{item\.seed\}"
     r"|python -m tasks pretrain"
-    r"|python -m tasks report (page|results)"
+    r"|python -m tasks report (page|results|studies)"
     rf"|python -m tasks (combine|search|evaluate) {NAME}-[0-9]+"
 )
 Content = dict[str, Any]
@@ -258,7 +258,12 @@ def test_an_edit_depends_on_exactly_what_it_reads(checkout: Path) -> None:
             for s in ("test", "validation")
         ),
         *(f"data/evaluations/{task}-0.csv" for task in three),
+        # what it is evaluated on must not be among what its vectors have learnt
+        *(f"data/prepared/{task}/items.csv" for task in (*three, "letters", "mnist")),
     }
+    assert evaluate["params"][:-1] == [
+        "edits.some.evaluate", "edits.some.constraint", "model", "gates",
+    ]  # fmt: skip
     for stage in found.values():
         assert all("test" not in dep or stage is evaluate for dep in stage["deps"])
 
@@ -277,6 +282,99 @@ def test_the_search_declares_the_keys_that_its_edit_has(checkout: Path) -> None:
         "search-some-0"
     ]
     assert not {"edits.some.select", "edits.some.constraint"} & set(map(str, search["params"]))
+
+
+STUDY = {
+    "variants": {
+        "slow": {"of": ["mnist"], "fine_tune": {"steps": 9}},
+        "joint": {"of": ["mnist", "faces"], "fine_tune": {}, "evaluate": ["faces", "digits"]},
+    },
+    "sweeps": {
+        "pairs": {"vectors": ["mnist", "faces", "digits"], "sizes": [2], "seeds": [1],
+                  "coefficient": {"low": 0, "high": 1, "points": 3}},
+    },
+    "few_shots": {"few": {"task": "digits", "edits": ["some"], "shots": [0, 2], "seeds": [0]}},
+}  # fmt: skip
+
+
+def test_variants_sweeps_and_few_shots_depend_on_exactly_what_they_read(checkout: Path) -> None:
+    content = {**source(), **STUDY}
+    content["edits"] = {"some": {**EDITS, "seeds": [0]}}
+    files = rendered(checkout, content, "edits/dvc.yaml", "results/dvc.yaml")
+    first, second = files["edits/dvc.yaml"]["stages"], files["results/dvc.yaml"]["stages"]
+    train = first["fine_tune-joint-0"]
+    assert train["cmd"] == "python -m tasks fine_tune joint-0"
+    assert set(train["deps"]) == {
+        "data/checkpoints/pretrained.safetensors",
+        *(f"data/heads/{task}.safetensors" for task in ("mnist", "faces")),
+        *(
+            f"data/prepared/{task}/{split}.safetensors"
+            for task in ("mnist", "faces")
+            for split in ("train", "validation")
+        ),
+    }
+    assert train["params"][:-1] == [
+        "model", "fine_tune", "variants.joint.of", "variants.joint.fine_tune",
+    ]  # fmt: skip
+    evaluate = first["evaluate-joint-0"]
+    assert "data/checkpoints/joint-0.safetensors" in evaluate["deps"]
+    assert {f"data/heads/{task}.safetensors" for task in ("faces", "digits")} <= set(
+        evaluate["deps"]
+    )
+    assert "data/heads/mnist.safetensors" not in evaluate["deps"]
+    assert "data/prepared/mnist/items.csv" in evaluate["deps"]  # it has learnt from it
+    assert first["extract-slow-0"]["deps"] == [
+        "data/checkpoints/pretrained.safetensors", "data/checkpoints/slow-0.safetensors",
+    ]  # fmt: skip
+    few = first["few_shot-few-0"]
+    assert "data/edits/some-0/model.safetensors" in few["deps"]
+    assert few["outs"] == ["data/few_shots/few-0.csv"]
+    # an edit, a sweep and a few-shot study are made for the seeds that they name
+    assert "sweep-pairs-1" in second and "sweep-pairs-0" not in first
+    assert "few_shot-few-1" not in second and "search-some-1" not in second
+    sweep = second["sweep-pairs-1"]
+    assert {f"data/vectors/{t}-1.safetensors" for t in ("mnist", "faces", "digits")} <= set(
+        sweep["deps"]
+    )
+    assert sweep["params"][:-1] == ["sweeps.pairs", "model"]
+
+
+def test_an_experiment_is_one_file_with_all_seeds_and_the_stages_of_the_repository(
+    checkout: Path,
+) -> None:
+    content = {**source(), **STUDY, "study": "addition"}
+    content["edits"] = {"some": EDITS}
+    root = checkout / "experiments" / "trial"
+    texts = plan.render(root, params.validate(content))
+    assert {str(path.relative_to(root)) for path in texts} == {
+        "code.yaml", "dvc.yaml", ".dvc/config",
+    }  # fmt: skip
+    assert sorted(texts) == sorted(plan.rendered(root))
+    stages = YAML(typ="safe").load(texts[root / "dvc.yaml"])["stages"]
+    repository = source_stages(checkout)
+    assert list(stages)[: len(repository) - 1] == [n for n in repository if n != "report"]
+    assert stages["fine_tune"]["matrix"]["seed"] == [0, 1]
+    assert {"search-some-0", "search-some-1", "sweep-pairs-1", "report", "report-study"} < set(
+        stages
+    )
+    # Equal stages of two experiments must have one key in the run cache: equal words and paths.
+    own = rendered(checkout, content, "edits/dvc.yaml")["edits/dvc.yaml"]["stages"]
+    for name, block in own.items():
+        assert {**stages[name], "wdir": ".."} == block, name
+    assert stages["prepare"]["do"] == repository["prepare"]["do"]
+
+
+def test_the_dvc_project_of_an_experiment_shares_the_cache(checkout: Path) -> None:
+    (checkout / ".dvc").mkdir()
+    root = checkout / "experiments" / "trial"
+    for line, expected in (("", "../../../.dvc/cache"), ("dir = /big", "/big")):
+        (checkout / ".dvc/config").write_text(f'[cache]\n    type = "reflink,copy"\n    {line}\n')
+        text = plan.render(root, params.validate(source()))[root / ".dvc/config"]
+        assert f"dir = {expected}\n" in text and 'type = "reflink,copy"' in text
+
+
+def source_stages(root: Path) -> Content:
+    return dict(YAML(typ="safe").load((root / "dvc.yaml").read_text())["stages"])
 
 
 def test_align_tasks_decide_what_the_base_depends_on(checkout: Path) -> None:

@@ -174,6 +174,12 @@ def wilson(correct: int, items: int) -> tuple[float, float]:
     return min(max(low, 0.0), p), max(min(high, 1.0), p)
 
 
+def losses(accuracy: float) -> dict[str, float]:
+    """Return a mean loss that falls with accuracy, and an interval about it."""
+    loss = 3.0 - 2.0 * accuracy
+    return {"loss": loss, "loss_low": loss - 0.1, "loss_high": loss + 0.2}
+
+
 def evaluation(models: list[tuple[str, str]], seed: int, shift: int) -> pd.DataFrame:
     """Return an evaluation table of (model, task) pairs; ``shift`` more are right than CORRECT."""
     rows = []
@@ -189,7 +195,7 @@ def evaluation(models: list[tuple[str, str]], seed: int, shift: int) -> pd.DataF
                     "correct": correct, "accuracy": correct / items, "low": low, "high": high,
                     "normalized": correct / CORRECT["finetuned", task][position],
                     "ratio": correct / CORRECT["pretrained", task][position],
-                    "chance": 0.1,
+                    "chance": 0.1, **losses(correct / items),
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)
@@ -215,6 +221,9 @@ def search_table(raw: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, Any]]:
                 **{f"accuracy.{task}": value for task, value in accuracy.items()},
                 **{f"ratio.{task}": value / 0.6 for task, value in accuracy.items()},
                 "objective": float(np.mean([accuracy[t] for t in raw["objective"]["tasks"]])),
+                **{f"loss.{task}": 1.0 + c for task in tasks},
+                "items": 200,
+                "complete": True,
                 "feasible": not shrink or c <= 0.55,
             }
         )
@@ -222,8 +231,12 @@ def search_table(raw: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, Any]]:
     allowed = table["objective"].where(table["feasible"])
     best = allowed.idxmin() if shrink else allowed.idxmax()
     table["chosen"] = table.index == best
-    chosen = {name: table.loc[best, name] for name in table if name.startswith("coefficient.")}
-    return table, {**chosen, "objective": float(allowed[best]), "feasible": True}
+    table["not_worse"] = table["feasible"] & ((allowed - allowed[best]).abs() < 0.02)
+    summary = {name: table.loc[best, name] for name in table if name.startswith("coefficient.")}
+    return table, {
+        **summary, "objective": float(allowed[best]), "feasible": True, "strategy": "grid",
+        "image_evaluations": 2200, "grid_image_evaluations": 2200,
+    }  # fmt: skip
 
 
 def experiment(root: Path, raw: dict[str, Any]) -> Artifacts:
@@ -294,6 +307,116 @@ def test_a_search_over_options_shows_what_was_chosen(tmp_path: Path) -> None:
     write_reports(artifacts, checked)
     assert words in html.unescape(artifacts.report().read_text())
     assert "ties.density = 0.2" in artifacts.results().read_text()
+
+
+def test_a_search_shows_what_it_cost_and_what_does_as_well(tmp_path: Path) -> None:
+    artifacts = experiment(tmp_path, raw_params())
+    path = artifacts.coefficients("forget", 3)
+    more = {"image_evaluations": 1500, "interval.c.low": 0.4, "interval.c.high": 0.5}
+    write_text(path, json.dumps(json.loads(path.read_text()) | more))
+    checked = params.validate(raw_params())
+    run = findings.gather(artifacts, checked, 3)
+    assert run.price("forget") == "1,500 image evaluations, 68 % of the grid's 2,200"
+    assert run.price("sum") == "2,200 image evaluations"
+    assert run.intervals("forget") == "c from 0.4 to 0.5"
+    assert run.intervals("sum") == ""
+    write_reports(artifacts, checked)
+    row = next(row for row in parsed(artifacts).tables[1] if row[0].startswith("forget"))
+    assert "68 % of the grid's 2,200" in row[2]
+    assert "not significantly worse: c from 0.4 to 0.5" in row[3]
+    text = artifacts.results().read_text()
+    assert (
+        "The search cost 1,500 image evaluations, 68 % of the grid's 2,200 (seed 3); "
+        "2,200 image evaluations (seed 5)."
+    ) in text
+    assert "The search cost 2,200 image evaluations.\n" in text
+    assert "(paired bootstrap, 95 %): seed 3: c from 0.4 to 0.5." in text
+
+
+def test_figures_draw_only_complete_evaluations(tmp_path: Path) -> None:
+    artifacts = experiment(tmp_path, raw_params())
+    for seed in (3, 5):
+        path = artifacts.search_table("likeness", seed)
+        table = tables.read(path, tables.Search)
+        part = table.iloc[:4].assign(
+            point=range(100, 104), complete=False, items=100, chosen=False, not_worse=False,
+            objective=0.999,
+        )  # fmt: skip
+        tables.write(path, pd.concat([part, table]), tables.Search)
+    checked = params.validate(raw_params())
+    run = findings.gather(artifacts, checked, 3)
+    assert len(run.searches["likeness"]) == 29
+    shown = run.chosen_search("likeness")
+    assert len(shown) == 25 and shown["complete"].all()
+    write_reports(artifacts, checked)
+    assert "99.9" not in artifacts.report().read_text()
+
+
+def test_a_search_that_is_no_grid_is_drawn_by_coefficient(tmp_path: Path) -> None:
+    artifacts = experiment(tmp_path, raw_params())
+    path = artifacts.search_table("likeness", 3)
+    table = tables.read(path, tables.Search)
+    kept = table[table["chosen"] | (table["point"] % 3 == 0)]
+    kept = kept.assign(**{"coefficient.a": kept["coefficient.a"] + kept["point"] / 1000})
+    tables.write(path, kept, tables.Search)
+    checked = params.validate(raw_params())
+    report(artifacts, page="page", params=checked, emit=lambda progress: None)
+    text = artifacts.report().read_text()
+    (figure,) = re.findall(r"<svg[^>]*Search of likeness.*?</svg>", text, flags=re.S)
+    assert "best objective, validation, %" in figure
+
+
+def test_a_coefficient_by_layer_is_shown_by_its_mean_and_range(tmp_path: Path) -> None:
+    artifacts = experiment(tmp_path, raw_params())
+    path = artifacts.search_table("sum", 3)
+    table = tables.read(path, tables.Search)
+    c = table.pop("coefficient.c")
+    layered = {f"coefficient.c@block{i}": c + 0.1 * i for i in range(3)}
+    tables.write(path, table.assign(**layered), tables.Search)
+    summary = json.loads(artifacts.coefficients("sum", 3).read_text())
+    at = summary.pop("coefficient.c")
+    values = {f"coefficient.c@block{i}": at + 0.1 * i for i in range(3)}
+    write_text(artifacts.coefficients("sum", 3), json.dumps(summary | values))
+    checked = params.validate(raw_params())
+    run = findings.gather(artifacts, checked, 3)
+    mean = f"{at + 0.1:.3g} on average ({at:.3g} to {at + 0.2:.3g} by layer)"
+    assert run.coefficients("sum") == f"c = {mean}"
+    assert run.chosen_search("sum")["coefficient.c"].tolist() == pytest.approx((c + 0.1).tolist())
+    write_reports(artifacts, checked)
+    assert mean in html.unescape(artifacts.report().read_text())
+
+
+def test_variants_and_edits_of_one_seed_have_their_rows(tmp_path: Path) -> None:
+    raw = raw_params()
+    raw["edits"]["alone"]["seeds"] = [5]
+    raw["variants"] = {"joint": {"of": ["mnist", "digits"], "fine_tune": {}}}
+    artifacts = experiment(tmp_path, raw)
+    for seed in raw["seeds"]:
+        table = evaluation([("sum", "mnist"), ("sum", "digits")], seed, 0).assign(model="joint")
+        tables.write(artifacts.evaluation("joint", seed), table, tables.Evaluation)
+    artifacts.coefficients("alone", 3).unlink()
+    checked = params.validate(raw)
+    write_reports(artifacts, checked)
+    page, text = parsed(artifacts).tables[0], artifacts.results().read_text()
+    names = [row[0].split()[0] for row in page[1:]]
+    assert "joint" in names and "alone" not in names
+    assert "| joint | mnist | 400 | 76.0 |" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| alone | shifted |"))
+    assert row.count("|") == 7 and "|  |" in row
+
+
+def test_overridden_gates_are_shown_with_their_reasons(
+    made: tuple[Artifacts, Params], tmp_path: Path
+) -> None:
+    assert "overridden" not in made[0].report().read_text()
+    assert "Overridden" not in made[0].results().read_text()
+    raw = {**raw_params(), "gates": {"override": {"leak mnist": f"known {HOSTILE}"}}}
+    artifacts = experiment(tmp_path, raw)
+    write_reports(artifacts, params.validate(raw))
+    text = html.unescape(artifacts.report().read_text())
+    assert f"<li><b>leak mnist</b>: known {HOSTILE}</li>" in text
+    assert "<script" not in artifacts.report().read_text()
+    assert "## Overridden gates\n\n- leak mnist: known" in artifacts.results().read_text()
 
 
 # Figures.
@@ -607,6 +730,66 @@ def test_page_says_whether_the_constraint_holds_on_both_splits(
     assert "96.7" in row[-2]
     assert "95.0" in row[-1]
     assert all("does not settle it" in " ".join(cell.split()) for cell in row[-2:])
+    assert all("share of accuracy kept on mnist" in cell for cell in row[-2:])
+    assert "open on test data: an interval holds the bound" in row[-1]
+    text = artifacts.results().read_text()
+    assert "Constraint on validation data: share of accuracy kept, at least 95 %." in text
+    assert "On test data the edit is open for seed 3 and open for seed 5 (open: " in text
+
+
+@pytest.mark.parametrize(
+    ("metric", "bound", "asked", "figure", "value"),
+    [
+        ("accuracy", {"min_ratio": 0.95}, "at least 95 %", "share of accuracy kept",
+         "50.0 % (40.0 to 60.0)"),
+        ("accuracy", {"min": 0.8}, "at least 80 %", "accuracy", "50.0 % (40.0 to 60.0)"),
+        ("accuracy", {"max_drop": 0.03}, "at most 3 points", "drop in accuracy",
+         "50.0 points (40.0 to 60.0)"),
+        ("loss", {"max": 0.7}, "at most 0.7 nats", "loss", "0.5 nats (0.4 to 0.6)"),
+        ("loss", {"max_ratio": 1.1}, "at most 110 %",
+         "loss as a share of the pre-trained model's", "50.0 % (40.0 to 60.0)"),
+        ("perplexity", {"max_rise": 0.5}, "at most 0.5", "rise in perplexity",
+         "0.5 (0.4 to 0.6)"),
+    ],
+)  # fmt: skip
+def test_every_kind_of_constraint_has_its_words(
+    metric: str, bound: dict[str, float], asked: str, figure: str, value: str
+) -> None:
+    rule = params.Constraint.model_validate({"tasks": ["x"], "metric": metric, **bound})
+    words = findings.wording(rule)
+    assert (words.asked, words.figure) == (asked, figure)
+    assert words.value(Estimate(0.5, 0.4, 0.6)) == value
+
+
+@pytest.mark.parametrize(
+    ("bound", "verdict"),
+    [
+        ({"metric": "loss", "max": 3.0}, "feasible on test data"),
+        ({"metric": "perplexity", "max": 2.0}, "infeasible on test data: not to be used"),
+        ({"max_drop": 0.0}, "open on test data: an interval holds the bound"),
+    ],
+)
+def test_reports_say_of_every_constraint_whether_it_holds_on_test_data(
+    bound: dict[str, Any], verdict: str, tmp_path: Path
+) -> None:
+    raw = raw_params()
+    raw["edits"]["forget"]["constraint"] = {"tasks": ["mnist"], **bound}
+    artifacts = experiment(tmp_path, raw)
+    write_reports(artifacts, params.validate(raw))
+    row = next(row for row in parsed(artifacts).tables[1] if row[0].startswith("forget"))
+    assert verdict in row[-1]
+    word = verdict.split()[0]
+    text = artifacts.results().read_text()
+    assert f"On test data the edit is {word} for seed 3 and {word} for seed 5 (open: " in text
+
+
+def test_the_mean_of_figures_has_a_normal_interval() -> None:
+    found = Estimate.of_mean(np.array([1.0, 2.0, 3.0, 6.0], dtype=np.float32))
+    spread = 1.959963984540054 * math.sqrt((4 + 1 + 0 + 9) / 3 / 4)
+    assert (found.value, found.high) == pytest.approx((3.0, 3.0 + spread))
+    assert found.low == pytest.approx(3.0 - spread)
+    assert Estimate.of_mean([0.0, 0.0, 9.0]).low == 0.0
+    assert Estimate.of_mean([2.0]) == Estimate(2.0, 2.0, 2.0)
 
 
 def test_page_is_well_formed_with_unique_ids_and_labelled_figures(

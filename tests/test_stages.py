@@ -23,7 +23,7 @@ from tasks.artifacts import Artifacts
 from tasks.inputs import architecture
 from taskvec import checkpoints, headers, params, streaming, tables
 from taskvec.edits import at, evaluate
-from taskvec.errors import InvalidInput, MissingArtifact, TaskvecError
+from taskvec.errors import GateClosed, InvalidInput, MissingArtifact, TaskvecError
 from taskvec.lazy import Lazy, materialize
 from taskvec.mapped import StoredVector, open_weights
 from taskvec.merging.ties import ties
@@ -38,9 +38,19 @@ Key = tuple[str, ...]
 # What each stage is given
 
 
-def declared() -> Iterator[tuple[str, str, list[Key]]]:
+# What the default experiment has not.
+STUDIES = {
+    "variants": {"slow": {"of": ["mnist"], "fine_tune": {"steps": 9}, "evaluate": ["faces"]}},
+    "sweeps": {"pairs": {"vectors": ["mnist", "faces"], "sizes": [2], "screen": 100, "keep": 3,
+                         "coefficient": {"low": 0, "high": 1, "points": 3}}},
+    "few_shots": {"few": {"task": "digits", "edits": ["addition"], "shots": [0, 2],
+                          "fine_tune": {"steps": 9}}},
+}  # fmt: skip
+
+
+def declared(setting: Params) -> Iterator[tuple[str, str, list[Key]]]:
     """Yield stage, item and the keys of params.yaml that DVC watches for them, for all stages."""
-    for path, text in plan.render(ROOT, params.load(ROOT / "params.yaml")).items():
+    for path, text in plan.render(ROOT, setting).items():
         if path.name == "dvc.yaml":
             for block in YAML(typ="safe").load(text)["stages"].values():
                 for item, stage in instances(block):
@@ -89,10 +99,22 @@ def leaves(node: Any, *above: str) -> Iterator[Key]:
         yield above
 
 
+def arguments(stage: str, item: str, setting: Params) -> dict[str, Any]:
+    """Return what a stage is given, without what other things that DVC watches follow from too.
+
+    Which vectors an edit has is in its weights and in its dependencies. The number of checks in the
+    experiment decides whether a gate closes, and nothing that is written.
+    """
+    given = stages.arguments(stage, item, setting)
+    return {name: value for name, value in given.items() if name not in ("vectors", "checks")}
+
+
 def altered(node: Any, key: Key) -> Any:
     """Return a copy of the parameters with another value at a key, checked or not."""
     if not key:
         return another(node)
+    if key == ("expression",):
+        return node.model_copy(update={"expression": f"0.5 * ({node.expression})"})
     first, rest = key[0], key[1:]
     if isinstance(node, dict):
         return {**node, first: altered(node[first], rest)}
@@ -112,17 +134,15 @@ def another(value: Any) -> Any:
 
 
 def test_a_stage_is_given_exactly_what_dvc_watches_for_it() -> None:
-    raw = params.plain(params.read(ROOT / "params.yaml"))
+    raw = {**params.plain(params.read(ROOT / "params.yaml")), **STUDIES}
     default = params.validate(raw)
     others = {key: altered(default, key) for key in leaves(raw)}
-    found = list(declared())
+    found = list(declared(default))
     assert {stage for stage, _, _ in found} == set(stages.NAMES)
     unwatched, unused = [], []
     for stage, item, watched in found:
-        given = stages.arguments(stage, item, default)
-        matter = {
-            key for key, other in others.items() if stages.arguments(stage, item, other) != given
-        }
+        given = arguments(stage, item, default)
+        matter = {key for key, other in others.items() if arguments(stage, item, other) != given}
         assert default == params.validate(raw)
         for key in sorted(matter):
             if not any(key[: len(prefix)] == prefix for prefix in watched):
@@ -511,6 +531,186 @@ def test_another_seed_gives_another_model_in_files_of_its_own(
     assert not torch.equal(other[name], state(fresh.checkpoint("straight", SEED))[name])
 
 
+# Evaluation and its gates
+
+
+def answers(setting: Params, artifacts: Artifacts, path: Path, task: str, split: str) -> Tensor:
+    """Return the logits (N, classes) of a model, computed without the stage's own code."""
+    tower = architecture(setting.model)
+    tower.load(state(path))
+    classifier = checkpoints.load(artifacts.head(task), "head").tensors["head"]
+    images = checkpoints.load(artifacts.images(task, split), "images").tensors["images"]
+    with torch.inference_mode():
+        return tower.features(images).cpu() @ classifier.T
+
+
+def test_an_evaluation_has_accuracy_and_loss_of_every_model(
+    setting: Params, done: Artifacts
+) -> None:
+    table = tables.read(done.evaluation("shifted", SEED), tables.Evaluation)
+    paths = {"pretrained": done.pretrained(), "finetuned": done.checkpoint("shifted", SEED)}
+    assert table["model"].tolist() == ["pretrained"] * 2 + ["finetuned"] * 2
+    for row in table.to_dict("records"):
+        logits = answers(setting, done, paths[row["model"]], "shifted", row["split"])
+        labels = checkpoints.load(done.images("shifted", row["split"]), "images").tensors["labels"]
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
+        assert row["correct"] == int((logits.argmax(1) == labels).sum())
+        assert row["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+        half = 1.959963984540054 * float(losses.std()) / len(labels) ** 0.5
+        assert row["loss_high"] == pytest.approx(row["loss"] + half, rel=1e-4)
+
+
+def test_metrics_say_what_the_gates_found(done: Artifacts) -> None:
+    own = json.loads(done.metrics("straight", SEED).read_text())
+    assert own["gate.expert"] == own["gate.leak"] == "passed"
+    table = tables.read(done.evaluation("forget", SEED), tables.Evaluation)
+    edit = json.loads(done.metrics("forget", SEED).read_text())
+    assert edit["gate.leak"] == "passed"
+    assert "gate.expert" not in edit
+    accuracy = table.set_index(["task", "split"])["accuracy"]
+    for task in ("straight", "shifted"):
+        gap = accuracy[task, "validation"] - accuracy[task, "test"]
+        assert edit[f"gap.{task}"] == pytest.approx(gap)
+    assert edit["feasible.test"] in ("feasible", "infeasible", "open")
+    assert json.loads(done.metrics("both", SEED).read_text())["feasible.test"] == "feasible"
+
+
+@pytest.mark.parametrize(
+    ("bound", "verdict"),
+    [({"min": 0.0}, "feasible"), ({"max": 1e-6}, "infeasible"), ({"max_rise": 0.0}, "open")],
+)
+def test_an_edit_whose_constraint_fails_on_test_data_is_marked(
+    bound: dict[str, float], verdict: str, raw: dict[str, Any], fresh: Artifacts
+) -> None:
+    other = copy.deepcopy(raw)
+    metric = "loss" if "max" in bound else "accuracy"
+    other["edits"]["same"]["constraint"] = {"tasks": ["straight"], "metric": metric, **bound}
+    streaming.apply(
+        open_weights(fresh.pretrained()),
+        at(params.validate(other).parse("same"), {"c": 0.0}, operands(fresh)),
+        fresh.edited("same", SEED),
+        identity=checkpoints.load(fresh.pretrained(), "checkpoint").metadata["identity"],
+    )  # the pre-trained model itself, whose rise is 0 with an interval about it
+    stages.run("evaluate", f"same-{SEED}", params.validate(other), fresh, quiet)
+    assert json.loads(fresh.metrics("same", SEED).read_text())["feasible.test"] == verdict
+
+
+def assert_stopped(
+    name: str, key: str, messages: list[str], raw: dict[str, Any], artifacts: Artifacts
+) -> None:
+    """Check that a gate stops an evaluation, which names it, and that an override is recorded."""
+    before = digests(artifacts)
+    with pytest.raises(GateClosed) as caught:
+        stages.run("evaluate", f"{name}-{SEED}", params.validate(raw), artifacts, quiet)
+    assert caught.value.exit_code == 8
+    assert digests(artifacts) == before
+    for message in (*messages, f'gates: {{override: {{"{key}": "why"}}}}'):
+        assert message in str(caught.value)
+    other = {**raw, "gates": {"override": {key: "a test of the override"}}}
+    stages.run("evaluate", f"{name}-{SEED}", params.validate(other), artifacts, quiet)
+    found = json.loads(artifacts.metrics(name, SEED).read_text())
+    assert found[f"gate.{key.split()[0]}"] == "overridden: a test of the override"
+
+
+def test_a_checkpoint_with_another_score_than_recorded_stops_the_run(
+    raw: dict[str, Any], fresh: Artifacts
+) -> None:
+    def damage(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        counted = metadata["score"]["tasks"]["straight"]
+        counted["correct"] = (counted["correct"] + 6) % 12
+
+    rewrite(fresh.checkpoint("straight", SEED), damage)
+    messages = [f"data/checkpoints/straight-{SEED}.safetensors gets", "but records", "of 12 items"]
+    assert_stopped("straight", "expert straight", messages, raw, fresh)
+
+
+def test_a_checkpoint_that_is_never_right_is_the_gates_matter(
+    setting: Params, fresh: Artifacts
+) -> None:
+    def damage(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        tensors["visual.proj"] = -tensors["visual.proj"]
+
+    rewrite(fresh.checkpoint("straight", SEED), damage)
+    before = digests(fresh)
+    with pytest.raises(GateClosed, match="gets 0 of 12 items"):
+        stages.run("evaluate", f"straight-{SEED}", setting, fresh, quiet)
+    assert digests(fresh) == before
+
+
+def test_a_checkpoint_without_a_score_is_evaluated_and_noted(
+    setting: Params, fresh: Artifacts
+) -> None:
+    def foreign(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        del metadata["score"]
+
+    rewrite(fresh.checkpoint("straight", SEED), foreign)
+    stages.run("evaluate", f"straight-{SEED}", setting, fresh, quiet)
+    found = json.loads(fresh.metrics("straight", SEED).read_text())
+    assert found["gate.expert"] == "no recorded score"
+
+
+def test_a_test_item_in_the_training_data_of_another_task_stops_the_run(
+    raw: dict[str, Any], fresh: Artifacts
+) -> None:
+    path = fresh.items("shifted")
+    planted = tables.read(path, tables.Items)
+    tested = tables.read(fresh.items("straight"), tables.Items)
+    (digest,) = tested[(tested["split"] == "test") & (tested["item"] == 7)]["digest"]
+    place = (planted["split"] == "train") & (planted["item"] == 3)
+    tables.write(path, planted.assign(digest=planted["digest"].where(~place, digest)), tables.Items)
+    message = "test item 7 of straight is training item 3 of shifted"
+    file = f"1 test items are in the training data of data/edits/both-{SEED}/model.safetensors"
+    assert_stopped("both", "leak both", [message, file], raw, fresh)
+    # the vector of this edit has not seen it
+    stages.run("evaluate", f"same-{SEED}", params.validate(raw), fresh, quiet)
+    assert json.loads(fresh.metrics("same", SEED).read_text())["gate.leak"] == "passed"
+
+
+def test_a_test_score_far_above_validation_stops_the_run(
+    setting: Params, raw: dict[str, Any], fresh: Artifacts
+) -> None:
+    path = fresh.checkpoint("straight", SEED)
+    for split in ("validation", "test"):
+        labels = answers(setting, fresh, path, "straight", split).argmax(1)
+        if split == "validation":
+            labels[1:] = (labels[1:] + 1) % 3
+
+        def relabel(
+            tensors: dict[str, Tensor], metadata: dict[str, Any], labels: Tensor = labels
+        ) -> None:
+            tensors["labels"] = labels
+
+        rewrite(fresh.images("straight", split), relabel)
+
+    def foreign(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        del metadata["score"]
+
+    rewrite(path, foreign)
+    messages = [
+        f"data/checkpoints/straight-{SEED}.safetensors gets 15 of 15 items (100.00 %)",
+        "1 of 12 items (8.33 %) of its validation data: 91.67 points more",
+    ]
+    assert_stopped("straight", "leak straight", messages, raw, fresh)
+
+
+def test_another_way_to_fine_tune_is_evaluated_beside_the_experts(
+    raw: dict[str, Any], fresh: Artifacts
+) -> None:
+    other = copy.deepcopy(raw)
+    other["variants"] = {"joint": {"of": ["straight", "shifted"], "fine_tune": {}}}
+    setting = params.validate(other)
+    for stage in ("fine_tune", "evaluate"):
+        stages.run(stage, f"joint-{SEED}", setting, fresh, quiet)
+    table = tables.read(fresh.evaluation("joint", SEED), tables.Evaluation)
+    assert set(table["model"]) == {"joint"}
+    assert set(table["task"]) == {"straight", "shifted"}
+    score = checkpoints.load(fresh.checkpoint("joint", SEED), "checkpoint").metadata["score"]
+    for row in table[table["split"] == "validation"].to_dict("records"):
+        assert score["tasks"][row["task"]] == {"correct": row["correct"], "items": row["items"]}
+    found = json.loads(fresh.metrics("joint", SEED).read_text())
+    assert found["gate.expert"] == "passed" and "feasible.test" not in found
+
+
 # Files that do not fit
 
 
@@ -668,6 +868,7 @@ def test_a_basis_with_other_coefficients_is_refused(raw: dict[str, Any], fresh: 
         ("combine", "both-3", lambda files: files.vector("shifted", 3)),
         ("search", "both-3", lambda files: files.evaluation("shifted", 3)),
         ("evaluate", "both-3", lambda files: files.edited("both", 3)),
+        ("evaluate", "same-3", lambda files: files.items("straight")),
     ],
 )
 def test_a_file_that_is_not_there_is_named(

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -10,15 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from taskvec.errors import InvalidData
-from taskvec.params import FineTune
-from taskvec.training import Step, batches, fine_tune, schedule
+from taskvec.sections import FineTune
+from taskvec.training import Lesson, Step, batches, fine_tune, schedule
 from tests.test_towers import Tower, assert_same, coloured, tiny_tower
 
 law = settings(deadline=None)  # the first tensor of a process takes its time
 SEEDS = st.integers(0, 2**31 - 1)
 
 
-def recipe(steps: int = 30, batch_size: int = 6, **changes: float) -> FineTune:
+def recipe(steps: int = 30, batch_size: int = 6, **changes: Any) -> FineTune:
     values = {"learning_rate": 1e-2, "weight_decay": 0.0, "warmup": 0.1, "clip_norm": 1.0}
     return FineTune(steps=steps, batch_size=batch_size, **{**values, **changes})
 
@@ -29,7 +30,11 @@ def classifier() -> Tensor:
 
 def train(how: FineTune, seed: int = 0, count: int = 24) -> tuple[Tower, list[Step]]:
     tower = tiny_tower()
-    return tower, fine_tune(tower, classifier(), *coloured(count), how, seed)
+    return tower, fine_tune(tower, [lesson(count)], how, seed)
+
+
+def lesson(count: int = 24, head: Tensor | None = None) -> Lesson:
+    return Lesson(classifier() if head is None else head, *coloured(count))
 
 
 def order(items: int, how: FineTune, seed: int) -> list[list[int]]:
@@ -118,7 +123,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not() -> None:
 def test_every_step_is_told_with_its_number_loss_and_rate() -> None:
     told: list[Step] = []
     how = recipe(steps=7)
-    found = fine_tune(tiny_tower(), classifier(), *coloured(24), how, 0, on_step=told.append)
+    found = fine_tune(tiny_tower(), [lesson()], how, 0, on_step=told.append)
     assert told == found
     assert [step.step for step in told] == list(range(1, 8))
     assert [step.learning_rate for step in told] == [
@@ -134,6 +139,44 @@ def test_the_first_loss_is_the_cross_entropy_of_the_first_batch() -> None:
         logits = tiny_tower().features(images[batch]).cpu() @ classifier().T
     chosen = logits.softmax(dim=1)[torch.arange(6), labels[batch]]
     assert first.loss == pytest.approx(float(-chosen.log().mean()), rel=1e-5)
+
+
+def test_ascent_makes_the_loss_large() -> None:
+    _, steps = train(recipe(steps=60, direction="ascend"))
+    losses = [step.loss for step in steps]
+    assert sum(losses[-5:]) > 1.5 * sum(losses[:5])
+
+
+def test_the_first_step_of_ascent_is_the_opposite_of_that_of_descent() -> None:
+    start = tiny_tower().state()
+    down, up = (train(recipe(steps=1, direction=way))[0].state() for way in ("descend", "ascend"))
+    for name in tiny_tower().edited():
+        assert torch.allclose(down[name] - start[name], start[name] - up[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("last", [1, 4, 7])
+def test_stopping_early_is_a_prefix_of_the_whole_training(last: int) -> None:
+    _, whole = train(recipe(steps=7))
+    tower, part = train(recipe(steps=7, stop_after=last))
+    assert part == whole[:last]
+    if last == 7:
+        assert_same(tower.state(), train(recipe(steps=7))[0].state())
+
+
+def test_two_lessons_with_one_head_are_one_lesson_of_all_items() -> None:
+    images, labels = coloured(24)
+    halves = [Lesson(classifier(), images[part], labels[part]) for part in (slice(9), slice(9, 24))]
+    _, whole = train(recipe(steps=5))
+    joint = fine_tune(tiny_tower(), halves, recipe(steps=5), 0)
+    assert [step.loss for step in joint] == pytest.approx([step.loss for step in whole], rel=1e-4)
+
+
+def test_every_lesson_has_its_own_head() -> None:
+    turned = classifier().flip(0)
+    images, labels = coloured(24)
+    lessons = [lesson(), Lesson(turned, images, 2 - labels)]  # both say the same of each picture
+    losses = [step.loss for step in fine_tune(tiny_tower(), lessons, recipe(steps=60), 0)]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
 def test_decay_and_clipping_reach_the_optimizer() -> None:
@@ -154,7 +197,7 @@ def test_a_loss_that_is_not_finite_names_the_learning_rate(value: float) -> None
     head[0] = value
     told: list[Step] = []
     with pytest.raises(InvalidData, match="at step 1; use a smaller fine_tune.learning_rate"):
-        fine_tune(tiny_tower(), head, *coloured(24), recipe(), 0, on_step=told.append)
+        fine_tune(tiny_tower(), [lesson(head=head)], recipe(), 0, on_step=told.append)
     assert told == []
 
 

@@ -99,6 +99,31 @@ def test_a_stage_that_wants_more_gpus_than_there_are_is_refused() -> None:
         assert devices == []
 
 
+def test_a_spare_slot_is_one_that_nobody_uses_or_waits_for() -> None:
+    slots = Slots(2, ["4"])
+    with slots.spare(0) as cpu, slots.spare(1) as gpu:
+        assert (cpu, gpu) == ([], ["4"])
+        with slots.spare(1) as none:
+            assert none is None
+        with slots.take(0), slots.spare(0) as none:
+            assert none is None
+    entered = threading.Event()
+
+    def enter() -> None:
+        with slots.take(1):
+            entered.set()
+
+    with ThreadPoolExecutor(1) as pool, slots.take(1):
+        waiting = pool.submit(enter)
+        while not slots.wanted:
+            time.sleep(0.001)
+        with slots.spare(0) as none:  # free, but somebody waits for another kind
+            assert none is None
+        assert not entered.is_set()
+    waiting.result(5)
+    assert entered.is_set() and not slots.wanted
+
+
 def test_the_visible_devices_are_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-1234")
     assert find_slots(3).total == 5
@@ -151,6 +176,17 @@ def combine(artifacts, *, edit, seed, expression, vectors, emit):
         emit({"step": 1, "steps": 1, **found, "here": float(Path().samefile(artifacts.root))})
     elif seed == 7:
         os._exit(3)
+    elif seed == 10:
+        while not Path("taken").exists():
+            time.sleep(0.02)
+        emit({"step": 1, "steps": 1})
+    elif seed == 11:
+        time.sleep(1.5)
+
+def assist(artifacts, *, edit, seed, expression, vectors, emit):
+    emit({"step": 7, "steps": 7})
+    (artifacts.root / f"assistant-{seed}-{os.getpid()}").touch()
+    time.sleep(600)
 """
 
 DRIVER = """
@@ -158,8 +194,11 @@ import json, os, sys, threading, time
 from pathlib import Path
 open("driver_was_imported", "a").write("x")
 
+from flows import workers as module
 from flows.dag import Node
 from flows.workers import Slots, Workers
+
+module.ASSISTED = ()
 
 def node(seed, timeout=60.0):
     name = f"combine@both-{seed}"
@@ -191,6 +230,20 @@ stopper = threading.Timer(1.0, stopped.stop, [15])
 stopper.start()
 found["stopped"] = attempt(9, workers=stopped)
 found["not started"] = attempt(9, workers=stopped)
+module.ASSISTED, module.ASSIST_AFTER = ("combine",), 0.3
+
+def assisted(seed, slots):
+    def take_a_slot():
+        while not list(Path.cwd().glob("assistant-10-*")):
+            time.sleep(0.02)
+        with slots.take(0):
+            Path("taken").touch()
+    threading.Thread(target=take_a_slot, daemon=True).start()
+    with slots.take(0):
+        return attempt(seed, workers=Workers(Path.cwd(), slots))
+
+(Path.cwd() / ".taskvec/logs").mkdir(parents=True, exist_ok=True)
+found["assisted"], found["alone"] = assisted(10, Slots(2, [])), assisted(11, Slots(1, []))
 print(json.dumps(found), flush=True)
 for _ in range(2):
     threading.Thread(target=attempt, args=(8,), daemon=True).start()
@@ -285,6 +338,21 @@ def test_a_stage_is_killed_when_the_workers_are_stopped_and_no_other_one_begins(
 def test_a_stage_sees_its_devices_one_thread_and_the_checkout(attempts: dict[str, Any]) -> None:
     (event,) = attempts["devices"]["events"]
     assert (event["device"], event["threads"], event["here"]) == (7.0, 1.0, 1.0)
+
+
+def test_an_idle_slot_assists_a_stage_until_somebody_wants_it(
+    attempts: dict[str, Any], checkout: Path
+) -> None:
+    # the stage ends only when another one has got the slot of its assistant
+    assert "kind" not in attempts["assisted"]
+    assert attempts["assisted"]["events"] == [{"step": 1, "steps": 1}]  # the assistant is silent
+    assistants = [int(path.name.rpartition("-")[2]) for path in checkout.glob("assistant-10-*")]
+    assert assistants and not any(psutil.pid_exists(number) for number in assistants)
+
+
+def test_without_an_idle_slot_nobody_assists(attempts: dict[str, Any], checkout: Path) -> None:
+    assert "kind" not in attempts["alone"]
+    assert not list(checkout.glob("assistant-11-*"))
 
 
 def test_stages_start_from_a_warm_process_which_never_imports_the_driver(

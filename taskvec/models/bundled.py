@@ -24,7 +24,7 @@ from open_clip.tokenizer import HFTokenizer
 from timm.data import ImageNetInfo
 
 from taskvec.datasets.package_data import locate
-from taskvec.params import Source
+from taskvec.sections import Source
 from taskvec.towers import PREFIX, Alignment, Tower
 
 VISION = Source(
