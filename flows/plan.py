@@ -74,7 +74,7 @@ def render(root: Path, params: Params) -> dict[Path, str]:
     blocks = {name: block for seed in seeds for name, block in of_seed(params, seed)}
     report = stages["stages"]["report"]
     if whole:
-        graphs = _experiment(stages, blocks, params)
+        graphs = _experiment(root, stages, blocks, params)
     else:
         graphs = {"dvc.yaml": _dump(stages), "edits/dvc.yaml": NOTE + _dump(_above(blocks))}
         further = dict(_seed_stages(stages["stages"], params.seeds[1:]))
@@ -228,13 +228,15 @@ def _fill(sequence: CommentedSeq, items: Sequence[Any], *, flow: bool = False) -
         sequence.fa.set_block_style()
 
 
-def _experiment(stages: Any, blocks: dict[str, Any], params: Params) -> dict[str, str]:
+def _experiment(root: Path, stages: Any, blocks: dict[str, Any], params: Params) -> dict[str, str]:
     """Return dvc.yaml of an experiment: the stages per task, the rendered ones, the pages."""
     merged = parameters.plain(stages)["stages"]
     report = merged.pop("report")
     merged = {**merged, **blocks, "report": report}
     if params.study:
-        merged["report-study"] = _page(report, "study", params)
+        merged["report-study"] = page = _page(report, "study", params)
+        if (root / FILES.published()).is_file():
+            page["deps"].append(str(FILES.published()))
     return {"dvc.yaml": NOTE + _dump({"stages": merged})}
 
 
@@ -301,6 +303,7 @@ def _report_inputs(params: Params, seeds: list[int]) -> list[str]:
             if seed in params.seeds_of(recipe):
                 paths += [
                     FILES.evaluation(edit, seed),
+                    FILES.metrics(edit, seed),
                     FILES.search_table(edit, seed),
                     FILES.coefficients(edit, seed),
                 ]

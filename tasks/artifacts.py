@@ -118,6 +118,10 @@ class Artifacts:
         """The directory of the pictures in `study_text`, committed to git."""
         return self.root / "figures"
 
+    def published(self) -> Path:
+        """The published figures that a study sets beside ours; they come with the repository."""
+        return self.root / "published.csv"
+
     def studies(self) -> Path:
         """What all studies show, committed to git."""
         return self.root / "docs" / "results.md"

@@ -124,13 +124,14 @@ def gather(artifacts: Artifacts, params: Params, seed: int) -> Run:
         searches={
             edit: tables.read(artifacts.search_table(edit, seed), tables.Search) for edit in edits
         },
-        chosen={edit: _chosen(artifacts.coefficients(edit, seed)) for edit in edits},
+        chosen={edit: read_json(artifacts.coefficients(edit, seed)) for edit in edits},
         cosines=similarity.cosines(vectors),
         parameters=sum(map(first.size, first.shapes)),
     )
 
 
-def _chosen(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a stage wrote as JSON."""
     if not path.is_file():
         raise MissingArtifact(f"{path} does not exist; `taskvec run` makes it")
     return dict(json.loads(path.read_text()))

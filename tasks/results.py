@@ -82,14 +82,14 @@ def _summary(runs: Sequence[Run], params: Params) -> str:
             [
                 f"`{_code(edit.expression)}`",
                 what,
-                *(_over_seeds([e.value for e in before]) or [percent(before[0].value)]),
-                *(_over_seeds([e.value for e in after]) or [percent(after[0].value)]),
-                *_by_seed(runs, name, map(_figure, after)),
+                *(over_seeds([e.value for e in before]) or [percent(before[0].value)]),
+                *(over_seeds([e.value for e in after]) or [percent(after[0].value)]),
+                *_by_seed(runs, name, map(figure, after)),
             ]
         )
         if edit.constraint:
             rows += [_control_row(runs, name, edit.constraint, t) for t in edit.constraint.tasks]
-    return _markdown_table(header, rows, 2)
+    return markdown_table(header, rows, 2)
 
 
 def _control_row(runs: Sequence[Run], name: str, constraint: Constraint, task: str) -> list[str]:
@@ -101,7 +101,7 @@ def _control_row(runs: Sequence[Run], name: str, constraint: Constraint, task: s
         "",
         f"{words.figure} on {task}",
         "",
-        *(_over_seeds(values, words.show) or [words.show(values[0])]),
+        *(over_seeds(values, words.show) or [words.show(values[0])]),
         *_by_seed(runs, name, (f"{words.show(e.value)} ({words.span(e)})" for e in found)),
     ]
 
@@ -117,13 +117,13 @@ def _by_seed(runs: Sequence[Run], edit: str, cells: Iterable[str]) -> list[str]:
     return [next(found) if edit in run.chosen else "" for run in runs]
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
     """Return a table; the first ``left`` columns are text, the others figures."""
     rule = ["---"] * left + ["---:"] * (len(header) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
-def _over_seeds(values: Sequence[float], show: Any = percent) -> list[str]:
+def over_seeds(values: Sequence[float], show: Any = percent) -> list[str]:
     """Return the mean with the range over seeds; nothing where there is one seed."""
     if len(values) == 1:
         return []
@@ -132,13 +132,14 @@ def _over_seeds(values: Sequence[float], show: Any = percent) -> list[str]:
     return [f"{show(mean)} [{low} to {high}]" if low != high else show(mean)]
 
 
-def _figure(estimate: Estimate, show: Any = percent) -> str:
+def figure(estimate: Estimate, show: Any = percent) -> str:
+    """Return an estimate with its interval: ``87.1 (84.9 to 89.3)``."""
     return f"{show(estimate.value)} ({span(estimate)})"
 
 
 def _mean_cell(runs: Sequence[Run], values: Sequence[float]) -> list[str]:
     """Return the mean with the range under `_mean_head`; of one value, that value."""
-    return (_over_seeds(values) or [percent(values[0])]) if len(runs) > 1 else []
+    return (over_seeds(values) or [percent(values[0])]) if len(runs) > 1 else []
 
 
 def _mean_head(runs: Sequence[Run]) -> list[str]:
@@ -160,10 +161,10 @@ def _accuracy_table(runs: Sequence[Run], params: Params) -> str:
                     task,
                     str(known[0].items),
                     *_mean_cell(runs, [score.accuracy.value for score in known]),
-                    *(_figure(score.accuracy) if score else "" for score in found),
+                    *(figure(score.accuracy) if score else "" for score in found),
                 ]
             )
-    return _markdown_table(header, rows, 2)
+    return markdown_table(header, rows, 2)
 
 
 def _learning_part(runs: Sequence[Run], name: str, edit: EditParams) -> str:
@@ -176,9 +177,9 @@ def _learning_part(runs: Sequence[Run], name: str, edit: EditParams) -> str:
         [
             str(run.seed),
             run.coefficients(name),
-            _figure(value),
-            _figure(before),
-            _figure(value - before, signed),
+            figure(value),
+            figure(before),
+            figure(value - before, signed),
         ]
         for run, (value, before) in zip(runs, values, strict=True)
     ]
@@ -187,9 +188,9 @@ def _learning_part(runs: Sequence[Run], name: str, edit: EditParams) -> str:
             [
                 "mean [range]",
                 "",
-                *_over_seeds([value.value for value, _ in values]),
-                *_over_seeds([before.value for _, before in values]),
-                *_over_seeds([(value - before).value for value, before in values], signed),
+                *over_seeds([value.value for value, _ in values]),
+                *over_seeds([before.value for _, before in values]),
+                *over_seeds([(value - before).value for value, before in values], signed),
             ]
         )
     verdict = _count_verdicts([value - before for value, before in values])
@@ -197,7 +198,7 @@ def _learning_part(runs: Sequence[Run], name: str, edit: EditParams) -> str:
         [
             f"## {name}: {what}",
             f"`{_code(edit.expression)}`, over {spoken(edit.evaluate)}.",
-            _markdown_table(header, rows, 2),
+            markdown_table(header, rows, 2),
             f"Against the pre-trained model {verdict}.",
             _search_part(runs, name),
             *(_constraint_part(runs, name, edit.constraint) if edit.constraint else ()),
@@ -229,9 +230,9 @@ def _forgetting_part(runs: Sequence[Run], name: str, edit: EditParams) -> str:
             str(run.seed),
             run.coefficients(name),
             task,
-            _figure(run.scores.above_chance("pretrained", task)),
-            _figure(run.scores.above_chance(name, task)),
-            _figure(run.scores.forgotten(name, task)),
+            figure(run.scores.above_chance("pretrained", task)),
+            figure(run.scores.above_chance(name, task)),
+            figure(run.scores.forgotten(name, task)),
         ]
         for task in edit.objective.tasks
         for run in runs
@@ -240,7 +241,7 @@ def _forgetting_part(runs: Sequence[Run], name: str, edit: EditParams) -> str:
         f"## {name}: forgetting {spoken(edit.objective.tasks)}",
         f"`{_code(edit.expression)}`. Accuracy above chance in points, and the share of it that is "
         "gone in percent.",
-        _markdown_table(header, rows, 3),
+        markdown_table(header, rows, 3),
         _search_part(runs, name),
     ]
     if edit.constraint:
@@ -273,7 +274,7 @@ def _constraint_part(runs: Sequence[Run], name: str, constraint: Constraint) -> 
     seeds = [f"{word} for seed {run.seed}" for run, word in zip(runs, found, strict=True)]
     return [
         f"Constraint on validation data: {words.figure}, {words.asked}.",
-        _markdown_table(["seed", "control", "validation", "", "test", ""], rows, 2),
+        markdown_table(["seed", "control", "validation", "", "test", ""], rows, 2),
         f"On test data the edit is {spoken(seeds)} (open: the interval holds the bound).",
     ]
 
@@ -294,14 +295,14 @@ def _group_part(
         for name, edit in edits.items():
             for run, by_task in zip(runs, per_run, strict=True):
                 for row in (row for row in by_task[task].rows if row.edit == name):
-                    single = _figure(row.over_single, signed) if row.over_single else ""
+                    single = figure(row.over_single, signed) if row.over_single else ""
                     rows.append(
                         [
                             name,
                             f"`{_code(edit.expression)}`",
                             str(run.seed),
-                            _figure(row.accuracy),
-                            _figure(row.over_pretrained, signed),
+                            figure(row.accuracy),
+                            figure(row.over_pretrained, signed),
                             single,
                         ]
                     )
@@ -313,7 +314,7 @@ def _group_part(
         parts += [
             f"On {task}; pre-trained and fine-tuned on it: {ends}. The best single vector is "
             f"chosen on validation data ({_singles(runs, found)}). Gains in points.",
-            _markdown_table(header, rows, 3),
+            markdown_table(header, rows, 3),
             _supported(found),
         ]
     return "\n\n".join(part for part in parts if part)
@@ -373,7 +374,7 @@ def _cosine_part(run: Run, params: Params) -> str:
     return "\n\n".join(
         [
             f"## Cosines between task vectors, seed {run.seed}",
-            _markdown_table(["", *names], rows, 1),
+            markdown_table(["", *names], rows, 1),
             f"Among {others} the closest two are {left} and {right}: {value:.3f}.",
         ]
     )

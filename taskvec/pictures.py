@@ -130,7 +130,7 @@ def curves(
         axes.yaxis.set_major_locator(MaxNLocator(5))
         _end_labels(axes, [(name, float(y[-1]), style["color"]) for name, y, style in lines])
 
-    return _svg(draw, (5.4, 2.9), ident, label)
+    return to_svg(draw, (5.4, 2.9), ident, label)
 
 
 def surface(
@@ -174,7 +174,7 @@ def surface(
         bar.set_label(f"{objective}, validation, %")
         bar.outline.set_visible(False)
 
-    return _svg(draw, (5.4, 2.9), ident, label)
+    return to_svg(draw, (5.4, 2.9), ident, label)
 
 
 def profiles(
@@ -203,7 +203,7 @@ def profiles(
             axes.set_xlabel(f"coefficient {name}")
         panels[0].set_ylabel("best objective, validation, %")
 
-    return _svg(draw, (5.4, 2.9), ident, label)
+    return to_svg(draw, (5.4, 2.9), ident, label)
 
 
 def heat_map(cosines: pd.DataFrame, ident: str, label: str) -> str:
@@ -246,7 +246,7 @@ def heat_map(cosines: pd.DataFrame, ident: str, label: str) -> str:
         bar.outline.set_visible(False)
 
     side = max(3.0, 0.52 * n)
-    return _svg(draw, (side + 2.0, side + 0.6), ident, label)
+    return to_svg(draw, (side + 2.0, side + 0.6), ident, label)
 
 
 def layer_map(cosines: pd.DataFrame, ident: str, label: str) -> str:
@@ -277,7 +277,7 @@ def layer_map(cosines: pd.DataFrame, ident: str, label: str) -> str:
         bar.set_label("cosine")
         bar.outline.set_visible(False)
 
-    return _svg(draw, (2.8 + 0.4 * values.shape[1], 1.2 + 0.24 * values.shape[0]), ident, label)
+    return to_svg(draw, (2.8 + 0.4 * values.shape[1], 1.2 + 0.24 * values.shape[0]), ident, label)
 
 
 def bars(rows: Sequence[Bar], ident: str, label: str) -> str:
@@ -293,7 +293,7 @@ def bars(rows: Sequence[Bar], ident: str, label: str) -> str:
         axes = figure.subplots()
         axes.grid(visible=False, axis="y")
         for y, row in enumerate(rows):
-            value, low, high = (100 * v for v in _bounds(row.estimate))
+            value, low, high = (100 * v for v in bounds(row.estimate))
             colour = "#b4bcc8" if row.reference else ACCENT
             axes.barh(y, value, height=0.62, color=colour)
             axes.errorbar(
@@ -307,12 +307,12 @@ def bars(rows: Sequence[Bar], ident: str, label: str) -> str:
         axes.set_yticks(range(len(rows)), [row.label for row in rows])
         axes.tick_params(axis="y", labelcolor=INK, labelsize=8.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlim(0, 100 * max(1.0, *(_bounds(row.estimate)[2] for row in rows)) + 7)
+        axes.set_xlim(0, 100 * max(1.0, *(bounds(row.estimate)[2] for row in rows)) + 7)
         axes.set_xticks(range(0, 101, 20))
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("test accuracy, %")
 
-    return _svg(draw, (6.8, 0.62 + 0.29 * len(rows)), ident, label)
+    return to_svg(draw, (6.8, 0.62 + 0.29 * len(rows)), ident, label)
 
 
 def losses(tables: Mapping[str, pd.DataFrame], ident: str, label: str) -> str:
@@ -346,7 +346,7 @@ def losses(tables: Mapping[str, pd.DataFrame], ident: str, label: str) -> str:
                 axes.set_xlabel("step")
         figure.supylabel("cross-entropy, nats", fontsize=8.5, color=FAINT)
 
-    return _svg(draw, (2.1 * across + 0.4, 1.55 * down + 0.35), ident, label)
+    return to_svg(draw, (2.1 * across + 0.4, 1.55 * down + 0.35), ident, label)
 
 
 def graph(
@@ -489,11 +489,14 @@ def _end_labels(axes: Axes, ends: list[tuple[str, float, str]]) -> None:
         )  # fmt: skip
 
 
-def _bounds(estimate: Estimate) -> tuple[float, float, float]:
+def bounds(estimate: Estimate) -> tuple[float, float, float]:
+    """Return value, lower and upper bound; rounding never puts the value outside."""
     return estimate.value, min(estimate.low, estimate.value), max(estimate.high, estimate.value)
 
 
-def _svg(draw: Callable[[Figure], None], size: tuple[float, float], ident: str, label: str) -> str:
+def to_svg(
+    draw: Callable[[Figure], None], size: tuple[float, float], ident: str, label: str
+) -> str:
     """Return what ``draw`` puts on a figure of a size in inches, as one clean ``<svg>`` element."""
     buffer = io.StringIO()
     with matplotlib.rc_context():

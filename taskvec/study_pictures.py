@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from taskvec.pictures import COLOURS, DASHES, FAINT, INK, _bounds, _svg
+from taskvec.pictures import COLOURS, DASHES, FAINT, INK, bounds, to_svg
 from taskvec.summaries import Estimate
 
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
@@ -102,7 +102,7 @@ def lines(
         _legend(figure, names)
 
     size = (5.8, 3.2) if len(panels) == 1 else (2.25 * columns + 0.5, 1.8 * rows + 0.8)
-    return _svg(draw, size, ident, label)
+    return to_svg(draw, size, ident, label)
 
 
 def dots(
@@ -152,7 +152,7 @@ def dots(
         _legend(figure, list(series))
 
     height = max(0.22, 0.105 * len(series) + 0.06) * len(rows)
-    return _svg(draw, (6.8, 0.9 + height), ident, label)
+    return to_svg(draw, (6.8, 0.9 + height), ident, label)
 
 
 def matrix(
@@ -204,7 +204,7 @@ def matrix(
         bar = figure.colorbar(mesh, ax=axes, fraction=0.04, pad=0.02, shrink=0.8)
         bar.outline.set_visible(False)
 
-    return _svg(draw, (2.0 + 0.52 * width, 1.2 + 0.44 * height), ident, label)
+    return to_svg(draw, (2.0 + 0.52 * width, 1.2 + 0.44 * height), ident, label)
 
 
 def scatter(
@@ -243,7 +243,7 @@ def scatter(
         axes.set_ylabel(up.title)
         _legend(figure, list(series))
 
-    return _svg(draw, (5.4, 3.6), ident, label)
+    return to_svg(draw, (5.4, 3.6), ident, label)
 
 
 def standalone(svg: str) -> str:
@@ -290,7 +290,7 @@ def _line(
         float(ticks.index(x)) if across.scale == "even" else across.factor * x for x in line.x
     ]
     middle, low, high = (
-        up.factor * np.array(values) for values in zip(*map(_bounds, line.y), strict=True)
+        up.factor * np.array(values) for values in zip(*map(bounds, line.y), strict=True)
     )
     dash = DASHES[number % len(DASHES)]
     if line.joined:
@@ -316,7 +316,7 @@ def _divide(axes: Axes, ticks: Sequence[float], across: Axis) -> None:
 
 
 def _dot(axes: Axes, number: int, height: float, estimate: Estimate, axis: Axis) -> None:
-    value, low, high = (axis.factor * bound for bound in _bounds(estimate))
+    value, low, high = (axis.factor * bound for bound in bounds(estimate))
     if np.isfinite([low, high]).all():
         axes.plot(
             [low, high], [height, height], color=COLOURS[number % len(COLOURS)], linewidth=1.2

@@ -778,24 +778,60 @@ def test_a_new_category_names_what_the_control_keeps(shown: Callable[[str], Made
 
 # Published figures.
 
-PUBLISHED = """table,model,task,what,value,source
-Table 1,bundled,red,pretrained,0.5,arXiv:2212.04089
-Table 1,bundled,green,pretrained,0.505,arXiv:2212.04089
-Table 1,ViT-L-14,red,pretrained,0.6,arXiv:2212.04089
-Section 4,bundled,mean,all_tasks,0.912,arXiv:2212.04089
-Section 4,bundled,mean,unknown,0.9,arXiv:2212.04089
+HEAD = "table,model,task,what,value,source\n"
+PUBLISHED = """t1,bundled,red,pretrained.target_accuracy,60.0,s
+t1,bundled,red,negative_vector.target_accuracy,30.5,s
+t1,bundled,mean,finetuned.target_accuracy,88.0,s
+t1,bundled,blue,negative_vector.control_accuracy,50.0,s
+t1,ViT-L-14,red,pretrained.target_accuracy,60.0,s
+t2,not stated,mean,multi_task.normalized_accuracy,99.4,s
+t2,bundled,mean,multi_task_100_steps.accuracy,86.4,s
+t2,bundled,mean,multi_task_8000_steps.accuracy,88.93,s
+t2,not stated,best subset,merged.normalized_accuracy,91.2,s
+t2,bundled,unknown,negative_vector.target_accuracy,5,s
 """
 
 
+def clip8_study(root: Path, published: str) -> Study:
+    """Return the page on published figures beside those of the study of forgetting."""
+    base = forgetting_params()
+    joint = {"joint": {"of": THREE, "fine_tune": {}}}
+    raw = base.model_dump(exclude_unset=True)
+    checked = params.validate({**raw, "variants": {**raw["variants"], **joint}})
+
+    def truth(model: str, task: str, seed: int) -> float:
+        return 0.855 if model == "joint" else forgetting_truth(0.3)(model, task, seed)
+
+    artifacts = Artifacts(root)
+    made.experiment(artifacts, checked, truth)
+    (root / "published.csv").write_text(HEAD + published)
+    return page("clip8", artifacts, checked)
+
+
 def test_published_figures_stand_beside_ours(tmp_path: Path) -> None:
-    artifacts, checked = make("addition", tmp_path, 0.3)
-    (tmp_path / "published.csv").write_text(PUBLISHED)
-    found = page("clip8", artifacts, checked)
-    assert "3 of 5 published figures have one of ours beside them" in found.body
-    assert "| bundled | red | pretrained | 50.0 | 50.0 (" in found.body
-    assert "| ViT-L-14 | red | pretrained | 60.0 |  |" in found.body
+    found = clip8_study(tmp_path, PUBLISHED)
+    rows = {tuple(cells[2:4]): cells[4:6] for line in found.body.splitlines()
+            if len(cells := [cell.strip() for cell in line.split("|")]) == 8
+            and cells[1] != "ViT-L-14"}  # fmt: skip
+    known = shares(Artifacts(tmp_path), [*THREE, "joint", "forget_red_largest",
+                                         "forget_blue_largest"], 0)  # fmt: skip
+    for key, share in {
+        ("red", "pretrained.target_accuracy"): known["pretrained", "red"],
+        ("red", "negative_vector.target_accuracy"): known["forget_red_largest", "red"],
+        ("mean", "finetuned.target_accuracy"): 0.9,
+        ("blue", "negative_vector.control_accuracy"):
+            (known["forget_blue_largest", "red"] + known["forget_blue_largest", "green"]) / 2,
+        ("mean", "multi_task.normalized_accuracy"): 0.855 / 0.9,
+        ("mean", "multi_task_100_steps.accuracy"): 0.855,
+    }.items():  # fmt: skip
+        assert float(rows[key][1].split()[0]) == pytest.approx(100 * share, abs=0.051), key
+    for key in (("mean", "multi_task_8000_steps.accuracy"),
+                ("best subset", "merged.normalized_accuracy"),
+                ("unknown", "negative_vector.target_accuracy")):  # fmt: skip
+        assert rows[key][1] == "", key
+    assert "6 of 10 published figures have one of ours beside them" in found.body
+    assert "| ViT-L-14 | red | pretrained.target_accuracy | 60.0 |  |" in found.body
     assert list(found.figures) == ["published"]
-    assert found.verdict.startswith("Nothing is shown here")  # three figures settle nothing
 
 
 @pytest.mark.parametrize(
@@ -803,26 +839,30 @@ def test_published_figures_stand_beside_ours(tmp_path: Path) -> None:
     [(0.0, "Agreement with the paper"), (0.3, "The opposite of agreement with the paper")],
 )
 def test_agreement_needs_a_small_difference(tmp_path: Path, off: float, start: str) -> None:
-    artifacts, checked = make("addition", tmp_path, 0.3)
-    values = {"red": 0.5, "green": 0.501, "blue": 0.499}
-    rows = [f"t,bundled,{task},pretrained,{value + off},s\n" for task, value in values.items()]
-    (tmp_path / "published.csv").write_text("table,model,task,what,value,source\n" + "".join(rows))
-    assert page("clip8", artifacts, checked).verdict.startswith(start)
+    values = {"red": 0.9, "green": 0.901, "blue": 0.899}
+    rows = [f"t,bundled,{task},finetuned.target_accuracy,{100 * (value - off)},s\n"
+            for task, value in values.items()]  # fmt: skip
+    assert clip8_study(tmp_path, "".join(rows)).verdict.startswith(start)
 
 
 def test_without_data_the_published_figures_stand_alone(tmp_path: Path) -> None:
-    (tmp_path / "published.csv").write_text(PUBLISHED)
-    found = page("clip8", Artifacts(tmp_path), addition_params())
-    assert found.verdict.startswith("Nothing is shown here: none of the 5 published figures")
+    experiment = ROOT / "experiments" / "clip8"
+    published = (experiment / "published.csv").read_text()
+    (tmp_path / "published.csv").write_text(published)
+    found = page("clip8", Artifacts(tmp_path), params.load(experiment / "params.yaml"))
+    number = len(published.splitlines()) - 1
+    assert found.verdict.startswith(f"Nothing is shown here: none of the {number} published")
+    assert found.body.count("\n| ViT-") + found.body.count("\n| not stated") == number
     assert not found.figures
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
     [("a,b\n1,2\n", "expected rows with the columns table"),
-     (PUBLISHED.replace("0.912", "91.2"), "5: '91.2' is no fraction")],
+     (HEAD + PUBLISHED.replace("88.0", "188"), "4: the value '188' is no percentage"),
+     (HEAD + PUBLISHED.replace("88.0", "many"), "4: the value 'many' is no percentage")],
 )  # fmt: skip
-def test_published_figures_must_be_fractions(tmp_path: Path, text: str, match: str) -> None:
+def test_published_figures_must_be_percentages(tmp_path: Path, text: str, match: str) -> None:
     (tmp_path / "published.csv").write_text(text)
     with pytest.raises(InvalidData, match=match):
         page("clip8", Artifacts(tmp_path), addition_params())

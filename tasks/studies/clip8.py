@@ -2,11 +2,13 @@
 
 import csv
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tasks.artifacts import Artifacts
 from tasks.findings import percent
+from tasks.studies.forgetting import METHODS, NEGATIVE
 from tasks.studies.reading import by, scores
 from tasks.studies.study import Study, picture
 from tasks.studies.words import cell, judge, markdown_table, points
@@ -18,7 +20,17 @@ from taskvec.summaries import Estimate, Scores, mean
 
 COLUMNS = ["table", "model", "task", "what", "value", "source"]
 MARGIN = 0.01  # a mean difference below a point is a reproduction
-ALL = "mean"
+UNKNOWN, MEAN, JOINT = "not stated", "mean", "joint"
+SUFFIX = "-quickgelu"  # of the same architecture, as open_clip calls it
+# the method's name in published.csv -> what the page on forgetting calls it
+FORGETTING = {
+    "pretrained": "pre-trained",
+    "finetuned": "fine-tuned",
+    "gradient_ascent": "gradient ascent",
+    "random_vector": "random vector",
+    "negative_vector": "negative, largest",
+}
+TOGETHER = re.compile(r"multi_task(?:_(\d+)_steps)?")
 
 
 @dataclass(frozen=True)
@@ -26,11 +38,11 @@ class Published:
     """A published figure.
 
     Attributes:
-        table: of the paper, as text.
-        model: the architecture, as params.yaml:model names it.
-        task: what was evaluated, or "mean" for the mean normalised accuracy over all tasks of the
-            edit.
-        what: which of our models answers it: pretrained, finetuned, a variant or an edit.
+        table: what it belongs to.
+        model: the architecture, or "not stated".
+        task: what was forgotten or evaluated; the control task itself, or "mean", means all.
+        what: METHOD.MEASURE, where the measure is target_accuracy, control_accuracy, accuracy or
+            normalized_accuracy.
         value: a fraction.
         source: where it is published.
     """
@@ -41,6 +53,16 @@ class Published:
     what: str
     value: float
     source: str
+
+    @property
+    def method(self) -> str:
+        """What was done to the model."""
+        return self.what.partition(".")[0]
+
+    @property
+    def measure(self) -> str:
+        """What was measured then."""
+        return self.what.partition(".")[2]
 
 
 def clip8(artifacts: Artifacts, params: Params) -> Study:
@@ -66,9 +88,9 @@ def read_published(artifacts: Artifacts) -> list[Published]:
 
     Raises:
         MissingArtifact: there is no published.csv.
-        InvalidData: it has other columns, or a value is no fraction.
+        InvalidData: it has other columns, or a value is no percentage.
     """
-    path = artifacts.root / "published.csv"
+    path = artifacts.published()
     if not path.is_file():
         raise MissingArtifact(f"{path} does not exist; it comes with the repository")
     with path.open(newline="", encoding="utf-8") as file:
@@ -83,39 +105,67 @@ def _published(row: dict[str, str], place: str) -> Published:
         value = float(row["value"])
     except (TypeError, ValueError):
         value = math.nan
-    if not 0 <= value <= 1:
-        raise InvalidData(f"{place}: {row['value']!r} is no fraction between 0 and 1")
-    return Published(**{**{name: str(row[name]) for name in COLUMNS}, "value": value})  # type: ignore[arg-type]
+    if not 0 <= value <= 100:
+        raise InvalidData(f"{place}: the value {row['value']!r} is no percentage from 0 to 100")
+    return Published(
+        row["table"], row["model"], row["task"], row["what"], value / 100, row["source"]
+    )
 
 
 def _architecture(params: Params) -> str:
-    return str(params.model.options.get("name", params.model.family))
+    return str(params.model.options.get("name", params.model.family)).removesuffix(SUFFIX)
 
 
 def _ours(artifacts: Artifacts, params: Params, item: Published) -> list[Estimate]:
     """Return our figure for each seed that has one."""
-    if item.model != _architecture(params):
+    if item.model not in (_architecture(params), UNKNOWN):
         return []
-    tasks = [item.task]
-    if item.task == ALL:
-        tasks = params.edits[item.what].evaluate if item.what in params.edits else []
-    if not tasks:
-        return []
-    own = [] if item.what in ("pretrained", "finetuned") else [item.what]
+    wanted = _forgotten(params, item) or _together(params, item)
+    names = dict.fromkeys(
+        [task for _, task in wanted] + [name for name, _ in wanted if name != "pretrained"]
+    )
     values = []
     for seed in params.seeds:
-        if all(artifacts.evaluation(name, seed).is_file() for name in [*tasks, *own]):
-            found = scores(artifacts, [*tasks, *own], seed)
-            values += _figure(found, item, tasks)
+        if wanted and all(artifacts.evaluation(name, seed).is_file() for name in names):
+            found = scores(artifacts, names, seed)
+            if all(found.find(*pair) for pair in wanted):
+                values.append(_figure(found, item, wanted))
     return values
 
 
-def _figure(found: Scores, item: Published, tasks: Sequence[str]) -> list[Estimate]:
-    if any(found.find(item.what, task) is None for task in tasks):
+def _forgotten(params: Params, item: Published) -> list[tuple[str, str]]:
+    """Return the models and tasks of a figure on forgetting; none if it is another one."""
+    constraints = {
+        task: edit.constraint.tasks
+        for task in params.tasks
+        if (edit := params.edits.get(METHODS[NEGATIVE].format(task))) and edit.constraint
+    }
+    controls = {control for tasks in constraints.values() for control in tasks}
+    targets = [item.task] if item.task in constraints else list(constraints)
+    if item.method not in FORGETTING or item.task not in {MEAN, *targets} | controls:
         return []
-    if item.task == ALL:
-        return [found.normalized(item.what, tasks)]
-    return [mean([found.accuracy(item.what, task) for task in tasks])]
+    pattern = METHODS[FORGETTING[item.method]]
+    if item.measure == "target_accuracy":
+        return [(pattern.format(target), target) for target in targets]
+    return [(pattern.format(t), control) for t in targets for control in constraints[t]]
+
+
+def _together(params: Params, item: Published) -> list[tuple[str, str]]:
+    """Return the model and tasks of a figure on joint fine-tuning; none if it is another one."""
+    method = TOGETHER.fullmatch(item.method)
+    if not method or item.task != MEAN or JOINT not in params.variants:
+        return []
+    if method[1] and int(method[1]) != params.recipe(JOINT).steps:
+        return []
+    return [(JOINT, task) for task in params.variants[JOINT].of]
+
+
+def _figure(found: Scores, item: Published, wanted: Sequence[tuple[str, str]]) -> Estimate:
+    if item.measure == "normalized_accuracy":
+        return found.normalized(wanted[0][0], [task for _, task in wanted])
+    accuracies = [found.accuracy(*pair) for pair in wanted]
+    # All models see the same items of a control.
+    return averaged(accuracies) if item.measure == "control_accuracy" else mean(accuracies)
 
 
 def _verdict(known: Sequence[tuple[Published, Estimate]], number: int) -> str:
@@ -152,8 +202,8 @@ def _table(name: str, rows: Sequence[tuple[Published, list[Estimate]]]) -> str:
 
 def _picture(known: Sequence[tuple[Published, Estimate]]) -> str:
     clouds = {
-        what: Cloud([item.value for item, _ in pairs], [ours.value for _, ours in pairs])
-        for what, pairs in by(known, lambda pair: pair[0].what).items()
+        method: Cloud([item.value for item, _ in pairs], [ours.value for _, ours in pairs])
+        for method, pairs in by(known, lambda pair: pair[0].method).items()
     }
     return scatter(
         clouds, Axis("published, %", 100), Axis("ours, %", 100), "published",

@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 from tasks.artifacts import Artifacts
-from tasks.findings import _chosen as read_json
+from tasks.findings import read_json
 from tasks.inputs import mapped
 from taskvec import tables
 from taskvec.errors import InvalidParams, MissingArtifact, nearest

@@ -4,9 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from tasks.findings import percent, signed
-from tasks.results import _figure as figure
-from tasks.results import _markdown_table as markdown_table
-from tasks.results import _over_seeds as over_seeds
+from tasks.results import figure, markdown_table, over_seeds
 from taskvec.spread import averaged
 from taskvec.study_pictures import Axis
 from taskvec.summaries import Estimate
