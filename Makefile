@@ -21,7 +21,8 @@ studies: $(READY)  ## the paper's image experiments on data below $TASKVEC_DATA,
 	python -m flows.studies
 
 test: check  ## everything that CI runs
-	python -m pytest -q --cov=taskvec --cov-report=term:skip-covered
+	python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		--cov=taskvec --cov-report=term:skip-covered
 
 check: $(READY)  ## lint, types, import contracts, rendered files
 	ruff check .

@@ -121,7 +121,7 @@ def trace(
     """Say where a file came from: stages, parameters, inputs and runs, back to the data."""
     from flows import trace as tracing
 
-    place = path.absolute()
+    place = path.absolute() if experiment else path
     chain = tracing.trace(_root(experiment), place)
     typer.echo(json.dumps(chain, indent=2) if as_json else tracing.render(chain))
 

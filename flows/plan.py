@@ -2,8 +2,9 @@
 
 DVC cannot give a templated stage a list of dependencies, so the stages of edits are rendered: each
 edit depends on exactly the vectors that it names. Nothing from params.yaml but checked names and
-numbers enters a command. Run `python -m flows.plan` to render, `--check` to compare; every command
-of `taskvec` renders first. This module imports nothing heavy.
+numbers enters a command. Run `python -m flows.plan` to render everything, experiments included, or
+`--check` to compare; every command of `taskvec` renders its own first. This module imports nothing
+heavy.
 """
 
 import hashlib
@@ -366,18 +367,25 @@ def _dump(value: Any) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Render the files, or with ``--check`` compare them; return the exit code."""
+    """Render the files of the repository and its experiments, or with ``--check`` compare them.
+
+    Returns the exit code.
+    """
     if arguments not in ([], ["--check"]):
         sys.stderr.write("usage: python -m flows.plan [--check]\n")
         return 2
-    root = Path.cwd()
+    top = Path.cwd()
     try:
-        params = parameters.load(root / "params.yaml")
-        if arguments:
-            check(root, params)
-            return 0
-        for path in write(root, params):
-            sys.stderr.write(f"rendered {path.relative_to(root)}\n")
+        for root in [
+            top,
+            *(path.parent for path in sorted(top.glob(f"{EXPERIMENTS}/*/params.yaml"))),
+        ]:
+            params = parameters.load(root / "params.yaml")
+            if arguments:
+                check(root, params)
+                continue
+            for path in write(root, params):
+                sys.stderr.write(f"rendered {path.relative_to(top)}\n")
     except TaskvecError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

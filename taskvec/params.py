@@ -32,6 +32,11 @@ MAX_SUBSETS = 1024
 Metric = Literal["accuracy", "normalized_accuracy", "loss"]
 
 
+# sections whose keys are names of files
+NAMED = {
+    "tasks": "a task", "variants": "a variant", "edits": "an edit", "sweeps": "a sweep",
+    "few_shots": "a few-shot study",
+}  # fmt: skip
 BOUNDS = ("min_ratio", "max_ratio", "min", "max", "max_drop", "max_rise")
 Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(distinct)]
 
@@ -324,12 +329,12 @@ class Params(Section):
 
     def _check_distinct(self) -> None:
         seen: dict[str, str] = {}
-        for section in ("tasks", "variants", "edits", "sweeps", "few_shots"):
+        for section, what in NAMED.items():
             for name in getattr(self, section):
                 if name in seen:
-                    message = f"{seen[name]} has this name; names are names of files"
+                    message = f"{seen[name]} has this name; names are names of files, so rename one"
                     raise Misplaced(message, section, name)
-                seen[name] = section
+                seen[name] = what
 
     def _check_recipe(self, recipe: FineTune, section: str, name: str) -> None:
         try:

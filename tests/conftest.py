@@ -25,7 +25,10 @@ if MUTATION:
     settings.load_profile("mutation")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest first: with several processes the short files fill the gaps at the end.
+    items.sort(key=lambda item: item.get_closest_marker("pipeline") is None)
     if not MUTATION:
         return
     few = settings.get_profile("mutation").max_examples

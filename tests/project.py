@@ -52,6 +52,21 @@ edits:
     evaluate: [digits, faces]
 """
 
+# What an experiment may have beside tasks and edits.
+STUDY = """
+variants:
+  together: {of: [digits, faces], fine_tune: {steps: 8}}
+  ascent: {of: [faces], fine_tune: {direction: ascend}, evaluate: [faces, digits]}
+sweeps:
+  pair:
+    vectors: [digits, faces]
+    sizes: [1, 2]
+    coefficient: {low: 0, high: 1, points: 3}
+    evaluate: all
+few_shots:
+  few: {task: faces, edits: [both], shots: [0, 2], fine_tune: {steps: 2}}
+"""
+
 ALL = {
     "prepare@digits", "prepare@faces", "pretrain", "head@digits", "head@faces",
     "fine_tune@digits-0", "fine_tune@faces-0", "extract@digits-0", "extract@faces-0",

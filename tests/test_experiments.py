@@ -9,23 +9,10 @@ import pytest
 
 from flows import studies
 from taskvec.errors import InvalidInput
-from tests.project import ALL, Project
+from tests.project import ALL, STUDY, Project
 
 pytestmark = pytest.mark.pipeline
 
-MORE = """
-variants:
-  together: {of: [digits, faces], fine_tune: {steps: 8}}
-  ascent: {of: [faces], fine_tune: {direction: ascend}, evaluate: [faces, digits]}
-sweeps:
-  pair:
-    vectors: [digits, faces]
-    sizes: [1, 2]
-    coefficient: {low: 0, high: 1, points: 3}
-    evaluate: all
-few_shots:
-  few: {task: faces, edits: [both], shots: [0, 2], fine_tune: {steps: 2}}
-"""
 NEW = {
     *(f"{stage}-{name}-0" for stage in ("fine_tune", "extract", "evaluate")
       for name in ("together", "ascent")),
@@ -39,7 +26,7 @@ def trial(project: Project) -> Path:
     directory = project.root / "experiments" / "trial"
     directory.mkdir(parents=True)
     text = (project.root / "params.yaml").read_text()
-    (directory / "params.yaml").write_text(text + MORE)
+    (directory / "params.yaml").write_text(text + STUDY)
     return directory
 
 

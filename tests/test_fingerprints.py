@@ -17,7 +17,7 @@ import pytest
 from flows import plan
 from flows.fingerprints import Code
 from taskvec import params
-from tests.project import EXPERIMENT, ROOT
+from tests.project import EXPERIMENT, ROOT, STUDY
 
 # Two stages over a library of a few modules: `combine` uses classes, `search` imports in odd ways.
 FILES = {
@@ -445,12 +445,14 @@ def stage_digest(root: Path, stage: str) -> str:
         roots.append("taskvec.datasets.digits")
     elif stage not in ("extract", "combine", "report"):
         roots.append("taskvec.models.bundled")
+    if stage == "search":
+        roots.append("taskvec.strategies.grid")
     return Code(root).fingerprint(roots)
 
 
 def calls_of_stages(root: Path) -> list[tuple[str, str, int, str]]:
     """Return (stage, file, line, function) of all calls, from a process that runs all stages."""
-    text = EXPERIMENT
+    text = EXPERIMENT + STUDY
     committed = params.plain(params.read(ROOT / "params.yaml"))["tasks"]
     for task in ("digits", "faces"):
         text = text.replace(f"SOURCE_{task.upper()}", json.dumps(committed[task]["data"]["source"]))
@@ -510,7 +512,9 @@ def work() -> list[tuple[str, str]]:
         *(("prepare", task) for task in tasks),
         ("pretrain", ""),
         *(("head", task) for task in tasks),
-        *((stage, f"{task}-0") for stage in seeded for task in tasks),
+        *((stage, f"{name}-0") for stage in seeded for name in (*tasks, "together", "ascent")),
         *((stage, f"{edit}-0") for stage in ("combine", "search", "evaluate") for edit in edits),
+        ("sweep", "pair-0"),
+        ("few_shot", "few-0"),
         ("report", "page"),
     ]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskvec import params, plugins
+from taskvec import params, plugins, yaml_file
 from taskvec.errors import InvalidParams, nearest
 from taskvec.params import Params, Range
 
@@ -214,7 +214,7 @@ ELSEWHERE = {
         ("  steps: 80", "  stesp: 80", "fine_tune.stesp", "unknown key"),
         ("seeds: [0, 1]", "seeds: [0]\nextra: 1", "extra", "unknown key"),
         ("      train: 30", "      tarin: 30", "tasks.mnist.data.train", "Field required"),
-        ("min_ratio: 0.95", "max_ratio: 2", "edits.addition.constraint.max_ratio", "unknown key"),
+        ("min_ratio: 0.95", "ratio: 2", "edits.addition.constraint.ratio", "unknown key"),
         ("  ridge: 1", "  rigde: 1", "model.rigde", "unknown key; bundled takes ridge"),
         ("  ridge: 1", "  ridge: no", "model.ridge", "expected float, found 'no'"),
         ("  ridge: 1", "  ridge: true", "model.ridge", "expected float, found True"),
@@ -370,7 +370,7 @@ def test_hostile_files_are_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_a_file_of_more_than_64_kib_is_refused(tmp_path: Path) -> None:
-    fits = GOOD + "#" * (params.MAX_BYTES - len(GOOD))
+    fits = GOOD + "#" * (yaml_file.MAX_BYTES - len(GOOD))
     assert read(tmp_path, fits) == read(tmp_path, GOOD)
     assert "has 65537 bytes; at most 65536" in refused(tmp_path, fits + "#")
 
