@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from taskvec import expressions
 from taskvec.errors import InvalidExpression, InvalidParams, nearest
-from taskvec.plugins import Misplaced, check_options
+from taskvec.plugins import Misplaced, check_options, constant
 from taskvec.sections import (
     Count,
     FineTune,
@@ -128,6 +128,11 @@ class SearchParams(Section):
     budget: Count | None = None
     seed: Seed = 0
 
+    @property
+    def continuous(self) -> bool:
+        """Whether the strategy goes anywhere within the ranges, whatever their points are."""
+        return bool(constant("strategies", self.strategy, "CONTINUOUS", False))
+
     @model_validator(mode="after")
     def _known_strategy(self) -> Self:
         check_options("strategies", self.strategy, self.options)
@@ -163,9 +168,12 @@ class EditParams(Section):
                     message = f"{task!r} is not evaluated; add it to evaluate"
                     raise Misplaced(message, section, "tasks", place)
         combinations = math.prod(item.points for item in self.coefficients.values())
-        if combinations > MAX_COMBINATIONS:
+        if combinations > MAX_COMBINATIONS and not self.search.continuous:
             message = f"{combinations} combinations of coefficients; at most {MAX_COMBINATIONS}"
             raise Misplaced(message, "coefficients")
+        if combinations > MAX_COMBINATIONS and not self.search.budget:
+            message = f"{combinations} combinations of coefficients are no budget; set one"
+            raise Misplaced(message, "search")
         return self
 
 
@@ -376,7 +384,7 @@ class Params(Section):
                 )
         grid = math.prod(item.points for item in edit.coefficients.values())
         options = math.prod(len(values) for values in parsed.choices.values())
-        if grid * options > MAX_COMBINATIONS:
+        if grid * options > MAX_COMBINATIONS and not edit.search.continuous:
             raise InvalidExpression(
                 f"{grid} combinations of coefficients times {options} of options; "
                 f"at most {MAX_COMBINATIONS}"

@@ -507,7 +507,7 @@ def solve(problem: Problem, strategy: Callable[..., None], options: Mapping[str,
 def _complete(problem: Problem) -> None:
     """Evaluate the most promising point completely; the budget has been kept for that."""
     if not problem.candidates:
-        first = combinations(problem.ranges)[0]
+        first = {name: allowed.values()[0] for name, allowed in problem.ranges.items()}
         problem.evaluate(first, problem.choices[0])
         return
     most = max(candidate.items for candidate in problem.candidates)

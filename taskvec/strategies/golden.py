@@ -9,6 +9,7 @@ from taskvec.search import Candidate, Problem
 from taskvec.strategies.single import only, sides
 
 SHRINK = (sqrt(5) - 1) / 2
+CONTINUOUS = True  # the points of a range mean nothing to it: see `taskvec.params`
 
 
 def golden(

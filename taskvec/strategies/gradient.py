@@ -4,6 +4,8 @@ from taskvec.options import Count, Fraction
 from taskvec.search import Choice, Problem, bound
 from taskvec.strategies.descent import Adam, affordable, mean_slope, started
 
+CONTINUOUS = True  # the points of a range mean nothing to it: see `taskvec.params`
+
 
 def gradient(
     problem: Problem,

@@ -7,6 +7,7 @@ from taskvec.search import Problem
 from taskvec.strategies.optional import package
 
 CHOICE = "the choice"  # no name of a coefficient has a space
+CONTINUOUS = True  # the points of a range mean nothing to it: see `taskvec.params`
 
 
 def tpe(
