@@ -1,7 +1,7 @@
 """One more coefficient in a search: the flat buffer, the bare forward pass and the naive way.
 
-- ``search``: what the stage search does for a coefficient: `FlatEditor.apply`, then `count_correct`
-  over the validation pictures of every task, from uint8.
+- ``search``: what the stage search does for a coefficient that nobody has asked about: edit the
+  flat buffer, ask all chunks of every task, and write every answer to the memory, a file.
 - ``bare``: only ``module(batch)`` over the same pictures, which are normalised, float32 and
   channels last beforehand, in the same batches. Nobody can be faster with this tower.
 - ``naive``: what the paper's scripts do for a coefficient (`TaskVector.apply_to`, then
@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks import drawn
 from benchmarks.measuring import (
     ROOT,
     Times,
@@ -37,17 +39,21 @@ from benchmarks.measuring import (
 from tasks import inputs
 from tasks.artifacts import Artifacts
 from tasks.combine import basis_prefix, offset_prefix
-from taskvec import checkpoints
+from tasks.search import _goal, _problem
+from taskvec import answers, checkpoints
 from taskvec import params as parameters
 from taskvec.flat import FlatEditor
-from taskvec.metrics import BATCH, Pictures, count_correct
-from taskvec.models import bundled
+from taskvec.metrics import BATCH
 from taskvec.numeric import make_deterministic
+from taskvec.params import Params, SearchParams
+from taskvec.search import Problem
 from taskvec.sections import Model
 from taskvec.towers import PREFIX, Tower
 
 EDIT = "addition"
 COEFFICIENT = 0.35
+STEP = 1e-3  # to the next coefficient
+BUDGET = 2**31 - 1  # image evaluations, more than are needed
 PROCESSES, ROUNDS = 5, 4
 TARGET = 1.1
 
@@ -71,6 +77,23 @@ class Case:
     data: Mapping[str, tuple[Tensor, Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one process measured.
+
+    Attributes:
+        correct: task -> how many pictures are right at `COEFFICIENT`, by all ways.
+        pictures: task -> how many there are.
+        size: their side in pixels.
+        times: of every way.
+    """
+
+    correct: Mapping[str, int]
+    pictures: Mapping[str, int]
+    size: int
+    times: Mapping[str, Times]
+
+
 def measure(*, quick: bool) -> str:
     """Return the section of docs/benchmarks.md; ``quick`` takes random weights and pictures."""
     load = os.getloadavg()[0]
@@ -81,13 +104,11 @@ def measure(*, quick: bool) -> str:
         # Where the allocator happens to put things moves a whole process by some percent.
         with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             parts = [pool.apply(_measure_once, (quick, ROUNDS)) for _ in range(processes)]
-    counts = parts[0][0]
     times = {
-        way: Times(tuple(second for _, part in parts for second in part[way].seconds))
-        for way in parts[0][1]
+        way: Times(tuple(second for part in parts for second in part.times[way].seconds))
+        for way in parts[0].times
     }
-    case = _case(quick)
-    pictures = {task: len(labels) for task, (_, _, labels) in case.data.items()}
+    counts, pictures, size = parts[0].correct, parts[0].pictures, parts[0].size
     sizes = ", ".join(f"{task} {number}" for task, number in pictures.items())
     accuracies = ", ".join(f"{t} {counts[t] / number:.4f}" for t, number in pictures.items())
     found = ratio(times["search"], times["bare"])[0]
@@ -112,7 +133,6 @@ def measure(*, quick: bool) -> str:
             "",
         ],
     ]
-    size = next(iter(case.data.values()))[1].shape[-1]
     return "\n\n".join(
         [
             "## One more coefficient in a search",
@@ -123,10 +143,13 @@ def measure(*, quick: bool) -> str:
             f"{sum(pictures.values())} "
             f"validation pictures of {size} pixels ({sizes}) in batches of {BATCH}. *Bare* is "
             "only the module's forward pass over batches that are normalised and laid out "
-            "beforehand. *Search* edits the flat buffer, computes logits and counts. "
+            "beforehand. *Search* is one more coefficient of the stage search with an empty "
+            "memory: it edits the flat buffer, asks all pictures for their answers (right or "
+            "wrong, and the cross-entropy) and writes these to the memory. "
             "*Naive* restates the paper's scripts: load the checkpoint, add key by key, "
             "`load_state_dict`, decode every picture; the pictures are small PNG files, with "
-            "photographs it would be slower still.",
+            "photographs it would be slower still. It takes "
+            f"{ratio_cell(times['naive'], times['search'])} times as long as *search*.",
             "The three ways must agree on every accuracy, or nothing is reported: at coefficient "
             f"{COEFFICIENT:g}, {accuracies}. A grid of 21 points is 21 times the second line, "
             "since nothing is loaded or decoded again.",
@@ -134,49 +157,82 @@ def measure(*, quick: bool) -> str:
     )
 
 
-def _measure_once(quick: bool, rounds: int) -> tuple[dict[str, int], dict[str, Times]]:
-    """Return how many pictures of each task are right, and the times; in a fresh process."""
+def _measure_once(quick: bool, rounds: int) -> Part:
+    """Measure all ways; in a fresh process."""
     make_deterministic()
-    case = _case(quick)
     with tempfile.TemporaryDirectory() as directory:
-        search, bare, naive = _Search(case), _Bare(case), _Naive(case, Path(directory))
-        counts = [search(), bare.counts(), naive()]  # also warms up
-        assert counts[0] == counts[1] == counts[2], f"the ways disagree: {counts}"
-        ways: dict[str, Callable[[], object]] = {
-            "bare": bare, "search": search, "naive": naive, "apply": search.apply,
-        }  # fmt: skip
-        return counts[0], interleave(ways, rounds)
+        root = _experiment(quick, Path(directory))
+        params, artifacts = parameters.load(root / "params.yaml"), Artifacts(root)
+        edit, seed = params.edits[EDIT], params.seeds[0]
+        goal = _goal(artifacts, seed, edit.objective, edit.constraint, edit.select)
+        settings = SearchParams(budget=BUDGET)
+        with _problem(
+            artifacts, EDIT, seed, params.model, edit.coefficients, goal, settings
+        ) as problem:
+            return _timed(problem, _case(params, artifacts), rounds, Path(directory))
+
+
+def _experiment(quick: bool, directory: Path) -> Path:
+    """Return an experiment in a new directory, so that no answer is remembered."""
+    root = directory / "experiment"
+    root.mkdir()
+    if quick:
+        drawn.experiment(root)
+    else:
+        for name in ("params.yaml", "data"):
+            (root / name).symlink_to(ROOT / name)
+    return root
+
+
+def _timed(problem: Problem, case: Case, rounds: int, directory: Path) -> Part:
+    search, editor = _Search(problem, case), _Editor(case)
+    bare, naive = _Bare(case, editor), _Naive(case, directory)
+    counts = [search(), bare.counts(), naive()]  # also warms up
+    assert counts[0] == counts[1] == counts[2], f"the ways disagree: {counts}"
+    ways: dict[str, Callable[[], object]] = {
+        "bare": bare, "search": search, "naive": naive, "apply": editor,
+    }  # fmt: skip
+    return Part(
+        correct=counts[0],
+        pictures={task: len(labels) for task, (_, _, labels) in case.data.items()},
+        size=next(iter(case.data.values()))[1].shape[-1],
+        times=interleave(ways, rounds),
+    )
 
 
 class _Search:
-    """One coefficient as in tasks/search.py."""
+    """Another coefficient every time, from `COEFFICIENT` on, as the stage search evaluates it."""
+
+    def __init__(self, problem: Problem, case: Case) -> None:
+        self._problem, self._name = problem, case.coefficient
+        self._numbers = count()
+
+    def __call__(self) -> dict[str, int]:
+        value = COEFFICIENT + STEP * next(self._numbers)
+        found = self._problem.evaluate({self._name: value}, self._problem.choices[0])
+        return {task: int(said.correct.sum()) for task, said in found.answers.items()}
+
+
+class _Editor:
+    """The edit of the weights alone."""
 
     def __init__(self, case: Case) -> None:
         self._case = case
         self.tower = _tower(case)
         self._editor = FlatEditor(self.tower, {case.coefficient: case.vector}, {})
-        self._data = {
-            task: (head, Pictures(self.tower, images, labels))
-            for task, (head, images, labels) in case.data.items()
-        }
 
-    def apply(self) -> None:
+    def __call__(self) -> None:
         self._editor.apply({self._case.coefficient: COEFFICIENT})
-
-    def __call__(self) -> dict[str, int]:
-        self.apply()
-        return {t: count_correct(self.tower, *parts) for t, parts in self._data.items()}
 
 
 class _Bare:
     """The forward pass alone, in a tower that has the edited weights in its own memory."""
 
-    def __init__(self, case: Case) -> None:
-        edited = _Search(case)
-        edited.apply()
+    def __init__(self, case: Case, editor: _Editor) -> None:
+        editor()
         self._case = case
         self._tower = _tower(case)
-        self._tower.load(edited.tower.state())
+        self._tower.load(editor.tower.state())
         self._batches = {
             task: [self._tower.normalize(part) for part in images.split(BATCH)]
             for task, (_, images, _) in case.data.items()
@@ -251,20 +307,15 @@ def _write(image: Tensor, path: Path) -> Path:
     return path
 
 
-def _case(quick: bool) -> Case:
-    return _random_case() if quick else _committed_case(ROOT)
-
-
 def _tower(case: Case) -> Tower:
     tower = inputs.architecture(case.model)
     tower.load(case.pretrained)
     return tower
 
 
-def _committed_case(root: Path) -> Case:
-    """Return the edit of all default tasks, from the artifacts of a finished run."""
-    params = parameters.load(root / "params.yaml")
-    artifacts, seed = Artifacts(root), params.seeds[0]
+def _case(params: Params, artifacts: Artifacts) -> Case:
+    """Return the edit of all tasks from the artifacts, its pictures in the order of a search."""
+    seed = params.seeds[0]
     basis = checkpoints.load(artifacts.basis(EDIT, seed), "basis")
     assert not any(name.startswith(offset_prefix(0)) for name in basis.tensors)
     (coefficient,) = basis.metadata["coefficients"]
@@ -274,29 +325,11 @@ def _committed_case(root: Path) -> Case:
         pretrained=checkpoints.load(artifacts.pretrained(), "checkpoint").tensors,
         vector={name.removeprefix(prefix): value for name, value in basis.tensors.items()},
         coefficient=coefficient,
-        data={
-            task: (inputs.head(artifacts, task), *inputs.images(artifacts, task, "validation"))
-            for task in params.edits[EDIT].objective.tasks
-        },
+        data={task: _data(artifacts, task) for task in sorted(params.edits[EDIT].objective.tasks)},
     )
 
 
-def _random_case(size: int = 32, pictures: int = 20, classes: int = 4) -> Case:
-    """Return random weights and pictures, which need no artifacts."""
-    torch.manual_seed(0)
-    model = Model(family="bundled", image_size=size)
-    tower = inputs.architecture(model)
-    draw = torch.Generator().manual_seed(0)
-    state = tower.state()
-    data = {}
-    for task in ("first", "second"):
-        images = torch.randint(0, 256, (pictures, 3, size, size), generator=draw, dtype=torch.uint8)
-        labels = torch.randint(0, classes, (pictures,), generator=draw)
-        data[task] = (torch.randn(classes, bundled.EMBED_DIM, generator=draw), images, labels)
-    return Case(
-        model=model,
-        pretrained=state,
-        vector={name: 0.01 * state[name] for name in tower.edited()},
-        coefficient="c",
-        data=data,
-    )
+def _data(artifacts: Artifacts, task: str) -> tuple[Tensor, Tensor, Tensor]:
+    images, labels = inputs.images(artifacts, task, "validation")
+    order = answers.stratified(labels)
+    return inputs.head(artifacts, task), images[order], labels[order]

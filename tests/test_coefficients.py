@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -28,7 +27,7 @@ LAYERS = ["0", "1", "2", "10", "rest"]
 NAMES = ["c", "x", "y"]
 SPLIT = "c * red + x * green + y * blue"
 TOTAL = "c * (red + green + blue)"
-COLUMNS = ["number", "validation", "test", "gap", "against single", "image evaluations"]
+COLUMNS = ["number", "validation", "test", "gap", "test against single", "image evaluations"]
 
 
 def checked(**more: Any) -> Params:
@@ -48,7 +47,7 @@ def checked(**more: Any) -> Params:
     )
 
 
-def truth(strength: float, wide: float = 0.2) -> Truth:
+def truth(strength: float, wide: float = 1.0) -> Truth:
     def found(model: str, task: str, seed: int) -> float:
         if model in ("pretrained", "finetuned"):
             return {"pretrained": 0.4, "finetuned": 0.9}[model]
@@ -185,14 +184,14 @@ def test_the_table_has_means_gaps_and_prices(shown: tuple[Artifacts, Params, Stu
         for split, values in means.items():
             assert float(cells[split].split()[0]) == pytest.approx(100 * np.mean(values), abs=0.051)
         gap = 100 * np.mean(np.subtract(means["validation"], means["test"]))
-        assert gap < -1  # what was made is harder on validation data
+        assert gap < -0.1  # what was made is harder on validation data
         shown_gap = cells["gap"].split()[0].replace("\u2212", "-")
         assert float(shown_gap) == pytest.approx(gap, abs=0.051)
         assert cells["image evaluations"] == f"{300 * (place + 1) + 1:,}"
     numbers = {name: cells["number"] for name, cells in table.items()}
     assert numbers == {"single": "1", "per task": "3", "per layer": "5", "per task layer": "15",
                        "adamerging": "15"}  # fmt: skip
-    assert [cells["against single"] == "" for cells in table.values()] == [True, *4 * [False]]
+    assert [cells["test against single"] == "" for cells in table.values()] == [True, *4 * [False]]
 
 
 def test_pictures_show_the_choice_of_every_seed(shown: tuple[Artifacts, Params, Study]) -> None:
@@ -205,9 +204,8 @@ def test_pictures_show_the_choice_of_every_seed(shown: tuple[Artifacts, Params, 
     assert set(THREE) <= set(texts["tasks"])
     ticks = [text for text in texts["layers"] if text in LAYERS]
     assert ticks[:4] == ["0", "1", "2", "10"]  # by depth
-    outside = " and ".join([", ".join(rest[:2]), rest[2]]) if (rest := [
-        f"{value('c', 'rest', seed):.2f}" for seed in SEEDS]) else ""  # fmt: skip
-    assert f"What is in no block has {outside}." in found.body
+    first, second, third = (f"{value('c', 'rest', seed):.2f}" for seed in SEEDS)
+    assert f"What is in no block has {first}, {second} and {third}." in found.body
 
 
 def labels(svg: str) -> list[str]:
