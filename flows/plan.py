@@ -117,7 +117,7 @@ def check(root: Path, params: Params) -> None:
     for path, text in render(root, params).items():
         if not path.is_file() or path.read_text() != text:
             raise StaleRendering(
-                f"{path.relative_to(root)} does not match params.yaml or the code; "
+                f"{path.relative_to(Artifacts(root).top)} does not match params.yaml or the code; "
                 "run `taskvec status`, which renders it anew and says what is stale"
             )
 
