@@ -29,7 +29,7 @@ def key(**parts: object) -> bytes:
 
 
 class Memo:
-    """Bytes by key. Any number of processes and threads may read and write."""
+    """Bytes by key. Any number of processes may share the file; a `Memo` is for one thread."""
 
     def __init__(self, path: Path | None) -> None:
         """Open or create the file; None remembers nothing."""

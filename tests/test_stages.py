@@ -141,6 +141,8 @@ def test_a_stage_is_given_exactly_what_dvc_watches_for_it() -> None:
     assert {stage for stage, _, _ in found} == set(stages.NAMES)
     unwatched, unused = [], []
     for stage, item, watched in found:
+        if (stage, item) == ("report", "studies"):
+            continue  # it reads the parameters of the studies, which are its dependencies
         given = arguments(stage, item, default)
         matter = {key for key, other in others.items() if arguments(stage, item, other) != given}
         assert default == params.validate(raw)
