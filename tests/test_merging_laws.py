@@ -1021,6 +1021,13 @@ def test_pcb_of_one_vector_keeps_its_largest_elements(seed: int, ratio: float) -
     np.testing.assert_allclose(found[kept], np.clip(whole[kept], -clipped, clipped), 1e-6)
 
 
+@pytest.mark.parametrize("variant", ["flat", "vision"])
+def test_pcb_of_vectors_without_elements_has_none(variant: str) -> None:
+    empty = {"w": np.zeros((0, 3), np.float32)}
+    found = merge("pcb", empty, empty, variant=variant)
+    assert found["w"].shape == (0, 3)
+
+
 # --------------------------------------------------------------------------------------------
 # Singular values
 
