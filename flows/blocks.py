@@ -83,13 +83,14 @@ def edit_stages(edit: str, seed: int, params: Params) -> Iterator[Block]:
         outs=[FILES.basis(edit, seed)],
         code=f"combine.{edit}",
     )  # fmt: skip
+    given = recipe.model_fields_set
     searching = ("coefficients", "objective", "constraint", "select", "search")
     yield _stage(
         "search", edit, seed,
         deps=[FILES.pretrained(), FILES.basis(edit, seed)]
         + _heads(searched) + _images(searched, "validation")
         + [FILES.evaluation(task, seed) for task in searched],
-        params=[f"edits.{edit}.{key}" for key in searching if key in _given(recipe)] + ["model"],
+        params=[f"edits.{edit}.{key}" for key in searching if key in given] + ["model"],
         outs=[FILES.edited(edit, seed)],
         metrics=[FILES.coefficients(edit, seed)],
         plots=[{str(FILES.search_table(edit, seed)): {
@@ -97,7 +98,11 @@ def edit_stages(edit: str, seed: int, params: Params) -> Iterator[Block]:
         code=f"search.{edit}",
         packages=USED.get(recipe.search.strategy, []),
     )  # fmt: skip
-    keys = [f"edits.{edit}.{key}" for key in ("evaluate", "constraint") if key in _given(recipe)]
+    keys = [
+        f"edits.{edit}.{key}"
+        for key in ("evaluate", "constraint")
+        if key in recipe.model_fields_set
+    ]
     learnt = list(dict.fromkeys(task for name in vectors for task in params.learnt(name)))
     yield _evaluate(edit, seed, FILES.edited(edit, seed), recipe.evaluate, learnt, keys, params)
 
@@ -141,10 +146,6 @@ def _evaluate(
         outs=[FILES.evaluation(name, seed), FILES.figure(name, seed)],
         metrics=[FILES.metrics(name, seed)],
     )  # fmt: skip
-
-
-def _given(section: Any) -> set[str]:
-    return set(section.model_fields_set)
 
 
 def _heads(tasks: Sequence[str]) -> list[Path]:

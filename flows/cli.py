@@ -219,15 +219,14 @@ def _root(experiment: str = "") -> Path:
     """Return the directory of params.yaml, and make it the working directory."""
     if not experiment:
         return Path.cwd()
-    from tasks.artifacts import EXPERIMENTS
+    from tasks.artifacts import experiments
     from taskvec.errors import InvalidInput, nearest
 
-    directory = Path.cwd() / EXPERIMENTS
-    known = sorted(path.parent.name for path in directory.glob("*/params.yaml"))
+    known = experiments(Path.cwd())
     if experiment not in known:
         raise InvalidInput(f"no experiment {experiment!r}; {nearest(experiment, known)}")
-    os.chdir(directory / experiment)
-    return directory / experiment
+    os.chdir(known[experiment])
+    return known[experiment]
 
 
 def _check_data(root: Path, stale: list["Node"]) -> None:

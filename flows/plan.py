@@ -23,7 +23,7 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from flows.blocks import FILES, of_seed
 from flows.fingerprints import Code
-from tasks.artifacts import EXPERIMENTS, Artifacts
+from tasks.artifacts import Artifacts, experiments
 from tasks.stages import NAMES
 from taskvec import params as parameters
 from taskvec.atomic import write_text
@@ -270,9 +270,13 @@ def studies() -> list[str]:
 
 def study_texts(top: Path) -> list[str]:
     """Return paths of what the studies have written so far, and of their parameters, sorted."""
-    found = top.glob(f"{EXPERIMENTS}/*/{FILES.study_text()}")
-    pairs = [(path, path.with_name("params.yaml")) for path in found]
-    return sorted(str(path.relative_to(top)) for pair in pairs for path in pair)
+    found = [
+        directory / name
+        for directory in experiments(top).values()
+        if (directory / FILES.study_text()).is_file()
+        for name in ("params.yaml", FILES.study_text())
+    ]
+    return sorted(str(path.relative_to(top)) for path in found)
 
 
 def _collection(report: Any, texts: list[str]) -> dict[str, Any]:
@@ -376,10 +380,7 @@ def main(arguments: list[str]) -> int:
         return 2
     top = Path.cwd()
     try:
-        for root in [
-            top,
-            *(path.parent for path in sorted(top.glob(f"{EXPERIMENTS}/*/params.yaml"))),
-        ]:
+        for root in [top, *experiments(top).values()]:
             params = parameters.load(root / "params.yaml")
             if arguments:
                 check(root, params)

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tasks.artifacts import EXPERIMENTS
+from tasks.artifacts import experiments
 from taskvec import params as parameters
 from taskvec.datasets import external
 from taskvec.errors import InvalidInput, TaskvecError, nearest
@@ -45,10 +45,10 @@ def find(root: Path, names: list[str]) -> dict[str, Params]:
         InvalidInput: one of the names is no study.
     """
     found = {}
-    for path in sorted(root.glob(f"{EXPERIMENTS}/*/params.yaml")):
-        params = parameters.load(path)
+    for name, directory in experiments(root).items():
+        params = parameters.load(directory / "params.yaml")
         if params.study:
-            found[path.parent.name] = params
+            found[name] = params
     for name in names:
         if name not in found:
             raise InvalidInput(f"no study {name!r}; {nearest(name, found)}")

@@ -6,6 +6,12 @@ from pathlib import Path
 EXPERIMENTS = "experiments"
 
 
+def experiments(top: Path) -> dict[str, Path]:
+    """Return the experiments of a repository, sorted: name -> directory with params.yaml."""
+    found = sorted(top.glob(f"{EXPERIMENTS}/*/params.yaml"))
+    return {path.parent.name: path.parent for path in found}
+
+
 @dataclass(frozen=True)
 class Artifacts:
     """The files of one experiment below ``root``; a seed is part of the name from fine_tune on."""
