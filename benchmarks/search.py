@@ -39,8 +39,8 @@ from benchmarks.measuring import (
 from tasks import inputs
 from tasks.artifacts import Artifacts
 from tasks.combine import basis_prefix, offset_prefix
-from tasks.search import _goal, _problem
-from taskvec import answers, checkpoints
+from tasks.search import posed
+from taskvec import checkpoints
 from taskvec import params as parameters
 from taskvec.flat import FlatEditor
 from taskvec.metrics import BATCH
@@ -164,11 +164,11 @@ def _measure_once(quick: bool, rounds: int) -> Part:
         root = _experiment(quick, Path(directory))
         params, artifacts = parameters.load(root / "params.yaml"), Artifacts(root)
         edit, seed = params.edits[EDIT], params.seeds[0]
-        goal = _goal(artifacts, seed, edit.objective, edit.constraint, edit.select)
         settings = SearchParams(budget=BUDGET)
-        with _problem(
-            artifacts, EDIT, seed, params.model, edit.coefficients, goal, settings
-        ) as problem:
+        with posed(
+            artifacts, EDIT, seed, params.model, edit.coefficients, edit.objective,
+            edit.constraint, edit.select, settings,
+        ) as problem:  # fmt: skip
             return _timed(problem, _case(params, artifacts), rounds, Path(directory))
 
 
@@ -331,5 +331,4 @@ def _case(params: Params, artifacts: Artifacts) -> Case:
 
 def _data(artifacts: Artifacts, task: str) -> tuple[Tensor, Tensor, Tensor]:
     images, labels = inputs.images(artifacts, task, "validation")
-    order = answers.stratified(labels)
-    return inputs.head(artifacts, task), images[order], labels[order]
+    return inputs.head(artifacts, task), images, labels

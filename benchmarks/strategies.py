@@ -21,12 +21,12 @@ from benchmarks import drawn
 from benchmarks.measuring import ROOT, conditions, table, verdict
 from tasks.artifacts import EXPERIMENTS, Artifacts
 from tasks.findings import read_json
-from tasks.search import _goal, _problem
+from tasks.search import posed
 from taskvec import params as parameters
 from taskvec import plugins
 from taskvec.numeric import make_deterministic
 from taskvec.params import EditParams, SearchParams
-from taskvec.search import ROUNDING, Candidate, Problem, feasible, solve
+from taskvec.search import ROUNDING, SLOPE_PRICE, Candidate, Problem, feasible, solve
 
 DEFAULT = "default"  # the experiment of the repository's own params.yaml
 STUDIES = ("addition", "analogy", "forgetting", "intermediate", "learning_rate", "methods",
@@ -167,11 +167,11 @@ def compared(run: Run) -> list[Found]:
     make_deterministic()
     params, artifacts = parameters.load(run.root / "params.yaml"), Artifacts(run.root)
     edit = params.edits[run.edit]
-    goal = _goal(artifacts, run.seed, edit.objective, edit.constraint, edit.select)
     settings = SearchParams(seed=run.seed)
-    with _problem(
-        artifacts, run.edit, run.seed, params.model, edit.coefficients, goal, settings
-    ) as problem:
+    with posed(
+        artifacts, run.edit, run.seed, params.model, edit.coefficients, edit.objective,
+        edit.constraint, edit.select, settings,
+    ) as problem:  # fmt: skip
         best, price = _searched(problem, WAYS[GRID])
         _check(run, best, read_json(artifacts.coefficients(run.edit, run.seed)))
         found = [Found(run, GRID, 0.0, price, breaks=False)]
@@ -238,8 +238,9 @@ def section(found: Sequence[Found], load: float) -> str:
             "worse; a strategy that leaves the grid may be ahead of it. *At most 0.2* is the share "
             "of searches that end no farther behind. *Price* is the number of image evaluations as "
             "a share of the grid's; it is nominal, as with an empty memory, and a slope costs "
-            "three. *Constraint broken* counts choices that break the constraint where the grid's "
-            "keeps it. The targets are those of the means: 0.2 points, a quarter of the price. "
+            f"{SLOPE_PRICE}. *Constraint broken* counts choices that break the constraint where "
+            "the grid's keeps it. The targets are those of the means: 0.2 points, a quarter of the "
+            "price. "
             "Options are the defaults; *golden* takes one coefficient only.",
             "### All strategies on some edits",
             "Strategies that leave the grid have to compute anew. All but *golden, by loss* are "

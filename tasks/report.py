@@ -197,20 +197,25 @@ def _constraint_rows(
 
 
 def _objective(edit: EditParams) -> str:
+    return f"{'largest' if edit.objective.maximize else 'smallest'} {_measured(edit)}"
+
+
+def _measured(edit: EditParams) -> str:
+    """Return what the objective makes large or small."""
     metric = str(edit.objective.maximize or edit.objective.minimize)
     mean = "mean " if len(edit.objective.tasks) > 1 else ""
-    return f"{'largest' if edit.objective.maximize else 'smallest'} {mean}{_metric(metric)}"
+    return mean + metric.replace("_", " ").replace("normalized", "normalised")
+
+
+def _quantity(edit: EditParams) -> pictures.Quantity:
+    losing = "loss" in (edit.objective.maximize, edit.objective.minimize)
+    return pictures.NATS if losing else pictures.PERCENT
 
 
 def _reached(run: Run, name: str, edit: EditParams) -> str:
     """Return the objective at the chosen coefficients, on validation data."""
     value = float(run.chosen[name]["objective"])
-    losing = "loss" in (edit.objective.maximize, edit.objective.minimize)
-    return f"{value:.3g} nats" if losing else f"{percent(value)} %"
-
-
-def _metric(name: str) -> str:
-    return name.replace("_", " ").replace("normalized", "normalised")
+    return f"{percent(value)} %" if _quantity(edit) is pictures.PERCENT else f"{value:.3g} nats"
 
 
 def _forgotten_rows(run: Run, params: Params) -> list[dict[str, Any]]:
@@ -238,8 +243,7 @@ def _search_figure(run: Run, params: Params, name: str) -> dict[str, Any]:
     """Return the figure of an edit's search with its caption."""
     edit, table = params.edits[name], run.chosen_search(name)
     names = sorted(edit.coefficients)
-    mean = "mean " if len(edit.objective.tasks) > 1 else ""
-    metric = _metric(str(edit.objective.maximize or edit.objective.minimize))
+    objective, quantity = _measured(edit), _quantity(edit)
     label = (
         f"Search of {name} on validation data: {len(table)} points, {_objective(edit)} of "
         f"{spoken(edit.objective.tasks)}; chosen {run.coefficients(name)} with "
@@ -248,12 +252,14 @@ def _search_figure(run: Run, params: Params, name: str) -> dict[str, Any]:
     ident = f"search-{name}"
     kind = _figure_kind(table, names)
     if kind == "curves":
-        svg = pictures.curves(table, names[0], f"{mean}{metric}", list(params.tasks), ident, label)
+        svg = pictures.curves(
+            table, names[0], objective, quantity, list(params.tasks), ident, label
+        )
     elif kind == "surface":
-        svg = pictures.surface(table, (names[0], names[1]), f"{mean}{metric}", ident, label)
+        svg = pictures.surface(table, (names[0], names[1]), objective, quantity, ident, label)
     else:
         largest = edit.objective.maximize is not None
-        svg = pictures.profiles(table, names, largest=largest, ident=ident, label=label)
+        svg = pictures.profiles(table, names, quantity, largest=largest, ident=ident, label=label)
     return {
         "name": name,
         "svg": Markup(svg),

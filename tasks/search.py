@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import ceil
+from typing import Any
 
 import pandas as pd
 from torch import Tensor
@@ -22,6 +23,7 @@ from taskvec.edits import weighted
 from taskvec.flat import FlatEditor
 from taskvec.lazy import Lazy
 from taskvec.mapped import StoredVector, open_weights
+from taskvec.memo import Memo
 from taskvec.metrics import ratio
 from taskvec.params import Constraint, Objective, Range, SearchParams
 from taskvec.search import (
@@ -74,14 +76,15 @@ def search(
     Answers and slopes that an earlier search has asked for come from the memory. The price in the
     outputs is nominal, as if the memory had been empty.
     """
-    goal = _goal(artifacts, seed, objective, constraint, select)
-    with _problem(artifacts, edit, seed, model, ranges, goal, search) as problem:
+    with posed(
+        artifacts, edit, seed, model, ranges, objective, constraint, select, search
+    ) as problem:
         problem.tell = _Progress(problem, emit)
         strategy = getattr(plugins.load("strategies", search.strategy), search.strategy)
         options = plugins.complete("strategies", search.strategy, search.options)
         winner = solve(problem, strategy, options)
     chosen = problem.candidates.index(winner)
-    good = not_worse(problem.candidates, chosen, goal)
+    good = not_worse(problem.candidates, chosen, problem.goal)
     table = _table(problem, chosen, good)
     tables.write(artifacts.search_table(edit, seed), table, tables.Search)
     summary = {
@@ -89,7 +92,7 @@ def search(
         **{f"option.{name}": value for name, value in winner.choice.items()},
         **_interval(problem.candidates, winner, good),
         "objective": problem.value(winner),
-        "feasible": feasible(winner, constraint, goal.references),
+        "feasible": feasible(winner, constraint, problem.goal.references),
         "strategy": search.strategy,
         "evaluated": len(problem.candidates),
         "image_evaluations": problem.price,
@@ -100,19 +103,7 @@ def search(
     _write_model(artifacts, edit, seed, winner)
 
 
-def assist(
-    artifacts: Artifacts,
-    *,
-    edit: str,
-    seed: int,
-    model: Model,
-    ranges: Mapping[str, Range],
-    objective: Objective,
-    constraint: Constraint | None,
-    select: str,
-    search: SearchParams,
-    emit: Emit,
-) -> None:
+def assist(artifacts: Artifacts, *, search: SearchParams, emit: Emit, **stated: Any) -> None:
     """Ask what `search` will ask, from the last point on, so that it finds the answers.
 
     Only a grid is known beforehand; any other strategy gets no help. The arguments are those of
@@ -121,41 +112,37 @@ def assist(
     del emit
     if search.strategy != "grid":
         return
-    goal = _goal(artifacts, seed, objective, constraint, select)
-    with _problem(artifacts, edit, seed, model, ranges, goal, search) as problem:
+    with posed(artifacts, search=search, **stated) as problem:
         for choice in reversed(problem.choices):
-            for coefficients in reversed(combinations(ranges)):
+            for coefficients in reversed(combinations(problem.ranges)):
                 problem.evaluate(coefficients, choice)
 
 
-def _goal(
-    artifacts: Artifacts,
-    seed: int,
-    objective: Objective,
-    constraint: Constraint | None,
-    select: str,
-) -> Goal:
-    tasks = sorted({*objective.tasks, *(constraint.tasks if constraint else [])})
-    references = {task: _reference(artifacts, task, seed) for task in tasks}
-    return Goal(objective, references, constraint, select)
-
-
 @contextmanager
-def _problem(
+def posed(
     artifacts: Artifacts,
     edit: str,
     seed: int,
     model: Model,
     ranges: Mapping[str, Range],
-    goal: Goal,
+    objective: Objective,
+    constraint: Constraint | None,
+    select: str,
     search: SearchParams,
 ) -> Iterator[Problem]:
-    """Yield what a strategy drives, answered by the tower and the memory."""
+    """Yield what a strategy drives, answered by the model and the memory.
+
+    The arguments are those of `search`.
+    """
+    tasks = sorted({*objective.tasks, *(constraint.tasks if constraint else [])})
+    references = {task: _reference(artifacts, task, seed) for task in tasks}
+    goal = Goal(objective, references, constraint, select)
     tower = architecture(model)
     pretrained = checkpoint(artifacts.pretrained(), tower)
     basis = load(artifacts.basis(edit, seed), "basis")
     check_origin(basis, pretrained.fingerprint, f"the basis of {edit}")
-    with Validation(artifacts, tower, goal.tasks) as validation:
+    with Memo(artifacts.memo()) as memo:
+        validation = Validation(artifacts, tower, tasks, memo)
         edits = _Edits(tower, pretrained, basis, validation)
         yield Problem(
             ranges=ranges,

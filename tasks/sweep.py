@@ -1,7 +1,8 @@
 """Compare many edits ``theta_0 + c * (sum of some vectors)``, as rows of one table."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import pandas as pd
 import torch
@@ -15,6 +16,7 @@ from taskvec import checkpoints, tables
 from taskvec.answers import CHUNK, Answers, join
 from taskvec.errors import InvalidData
 from taskvec.flat import FlatEditor
+from taskvec.memo import Memo
 from taskvec.metrics import Pictures, normalized_accuracy
 from taskvec.params import Sweep
 from taskvec.sections import Model
@@ -47,23 +49,21 @@ def sweep(
 
     Source: arXiv:2212.04089, section 4 (sums of all subsets) and appendix F (ensembles).
     """
-    tower = architecture(model)
-    sums = _sums(artifacts, tower, sweep, seed)
-    finetuned = {task: _finetuned(artifacts, task, seed) for task in sorted(sweep.vectors)}
     progress = _Progress(emit, _steps(sweep))
-    with Validation(artifacts, tower, finetuned) as validation:
-        trials = _Trials(validation, sums, sweep, finetuned, progress)
+    with _opened(artifacts, seed, model, sweep, progress) as trials:
         chosen = _choose(trials, sweep)
     rows = trials.of_chosen(chosen)
-    for task in finetuned:
+    for task in trials.finetuned:
         own = {subset: c for subset, c in chosen.items() if task in trials.tasks(subset)}
         for split in EVALUATED if own else ():
-            data = _Data(artifacts, tower, sums, task, split)
+            data = _Data(artifacts, trials.sums, task, split)
             rows += data.merged(own) if split == "test" else []
             rows += data.ensembles(own) if sweep.ensembles else []
         progress.step()
     tables.write(artifacts.sweep_table(name, seed), trials.table(chosen), SweepTable)
-    tables.write(artifacts.sweep_chosen(name, seed), _normalized(rows, finetuned), SweepChosen)
+    tables.write(
+        artifacts.sweep_chosen(name, seed), _normalized(rows, trials.finetuned), SweepChosen
+    )
     progress.end()
 
 
@@ -75,19 +75,24 @@ def assist(
     The arguments are those of `sweep`.
     """
     del name
-    tower = architecture(model)
-    sums = _sums(artifacts, tower, sweep, seed)
-    finetuned = {task: _finetuned(artifacts, task, seed) for task in sorted(sweep.vectors)}
     progress = _Progress(emit, _steps(sweep))
-    with Validation(artifacts, tower, finetuned) as validation:
-        trials = _Trials(validation, sums, sweep, finetuned, progress)
+    with _opened(artifacts, seed, model, sweep, progress) as trials:
         _choose(trials, sweep, backwards=True)
 
 
-def _sums(artifacts: Artifacts, tower: Tower, sweep: Sweep, seed: int) -> "_Sums":
+@contextmanager
+def _opened(
+    artifacts: Artifacts, seed: int, model: Model, sweep: Sweep, progress: "_Progress"
+) -> Iterator["_Trials"]:
+    """Yield what evaluates edits."""
+    tower = architecture(model)
     pretrained = checkpoint(artifacts.pretrained(), tower)
     tower.load(pretrained.tensors)
-    return _Sums(artifacts, tower, pretrained.fingerprint, sweep.vectors, seed)
+    sums = _Sums(artifacts, tower, pretrained.fingerprint, sweep.vectors, seed)
+    finetuned = {task: _finetuned(artifacts, task, seed) for task in sorted(sweep.vectors)}
+    with Memo(artifacts.memo()) as memo:
+        validation = Validation(artifacts, tower, finetuned, memo)
+        yield _Trials(validation, sums, sweep, finetuned, progress)
 
 
 def _steps(sweep: Sweep) -> int:
@@ -149,6 +154,7 @@ class _Sums:
         }
         for task, vector in loaded.items():
             check_origin(vector, origin, f"the vector of {task}")
+        self.tower = tower
         self._origin = origin
         self._marks = {task: vector.fingerprint for task, vector in loaded.items()}
         # By fingerprint, so that the order of the sum follows from the weights as they are keyed.
@@ -181,22 +187,22 @@ class _Trials:
         finetuned: Accuracies,
         progress: _Progress,
     ) -> None:
-        self._validation, self._sums, self._progress = validation, sums, progress
-        self._finetuned = finetuned
+        self.sums, self.finetuned = sums, finetuned
+        self._validation, self._progress = validation, progress
         self._own = sweep.evaluate == "own"
         self._rows: list[Row] = []
         self._whole: dict[tuple[Subset, float], dict[str, Answers]] = {}
 
     def tasks(self, subset: Subset) -> Iterable[str]:
         """Return the tasks that an edit is evaluated on."""
-        return subset if self._own else self._finetuned
+        return subset if self._own else self.finetuned
 
     def look(self, subset: Subset, coefficient: float, screen: int | None) -> float:
         """Return the mean normalised accuracy, on ``screen`` images of each task or on all."""
         found = {task: self._ask(subset, coefficient, task, screen) for task in self.tasks(subset)}
         accuracy = {task: answers.accuracy for task, answers in found.items()}
         normalized = [
-            normalized_accuracy(value, self._finetuned[task]["validation"])
+            normalized_accuracy(value, self.finetuned[task]["validation"])
             for task, value in accuracy.items()
         ]
         objective = sum(normalized) / len(normalized)
@@ -207,7 +213,7 @@ class _Trials:
             "screen": screen is not None,
             "items": sum(map(len, found.values())),
             "objective": objective,
-            **{f"accuracy.{task}": accuracy.get(task, float("nan")) for task in self._finetuned},
+            **{f"accuracy.{task}": accuracy.get(task, float("nan")) for task in self.finetuned},
         }
         self._rows.append(row)
         if screen is None:
@@ -218,10 +224,10 @@ class _Trials:
     def _ask(self, subset: Subset, coefficient: float, task: str, screen: int | None) -> Answers:
         items = self._validation.items[task]
         wanted = min(screen or items, items)
-        weights = self._sums.weights(subset, coefficient)
+        weights = self.sums.weights(subset, coefficient)
         parts = join(
             self._validation.answers(
-                weights, lambda: self._sums.apply(subset, coefficient), task, chunk
+                weights, lambda: self.sums.apply(subset, coefficient), task, chunk
             )
             for chunk in range(-(-wanted // CHUNK))
         )
@@ -249,12 +255,10 @@ class _Trials:
 class _Data:
     """One split of a task, for models at chosen coefficients."""
 
-    def __init__(
-        self, artifacts: Artifacts, tower: Tower, sums: _Sums, task: str, split: str
-    ) -> None:
-        self._tower, self._sums, self._task, self._split = tower, sums, task, split
-        self._head = head(artifacts, task).to(tower.device)
-        self._pictures = Pictures(tower, *images(artifacts, task, split))
+    def __init__(self, artifacts: Artifacts, sums: _Sums, task: str, split: str) -> None:
+        self._sums, self._task, self._split = sums, task, split
+        self._head = head(artifacts, task).to(sums.tower.device)
+        self._pictures = Pictures(sums.tower, *images(artifacts, task, split))
         self._labels = torch.cat([labels for _, labels in self._pictures])
 
     def merged(self, chosen: Mapping[Subset, float]) -> list[Row]:
@@ -283,7 +287,7 @@ class _Data:
     def _logits(self, subset: Subset, coefficient: float) -> Tensor:
         """Return the logits (N, classes) of an edited model."""
         self._sums.apply(subset, coefficient)
-        parts = [self._tower.embed(batch) @ self._head.T for batch, _ in self._pictures]
+        parts = [self._sums.tower.embed(batch) @ self._head.T for batch, _ in self._pictures]
         logits = torch.cat(parts).cpu()
         if torch.isnan(logits).any():
             raise InvalidData(

@@ -1,10 +1,9 @@
 """Validation data of several tasks, asked chunk by chunk; what was ever answered is remembered."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
-from typing import Self
+from typing import Protocol
 
 from torch import Tensor
 
@@ -14,7 +13,6 @@ from taskvec import answers, checkpoints, memo
 from taskvec.answers import Answers
 from taskvec.errors import InvalidData
 from taskvec.headers import canonical
-from taskvec.memo import Memo
 from taskvec.metrics import Pictures
 from taskvec.numeric import numeric_fingerprint
 from taskvec.search import Of, Slope
@@ -24,11 +22,21 @@ Differentiate = Callable[[Callable[[], Tensor]], tuple[float, dict[str, float]]]
 LOSSES = {"cross_entropy": answers.cross_entropy, "entropy": answers.entropy}
 
 
+class Memory(Protocol):
+    """Bytes by key, such as `taskvec.memo.Memo`.
+
+    What remembers is no part of what an answer depends on, so that its code is not in the keys.
+    """
+
+    def get(self, found_by: bytes) -> bytes | None:
+        """Return what is remembered under a key, if anything is."""
+
+    def put(self, found_by: bytes, content: bytes) -> None:
+        """Remember something."""
+
+
 class Validation:
     """Heads and validation pictures of tasks, for one tower whose weights the caller sets.
-
-    The items of a task are in `answers.stratified` order, so that its first chunk is a sample of
-    all classes.
 
     Attributes:
         items: task -> number of validation items.
@@ -37,13 +45,16 @@ class Validation:
         asked: items that the tower really looked at; what was remembered cost nothing.
     """
 
-    def __init__(self, artifacts: Artifacts, tower: Tower, tasks: Iterable[str]) -> None:
+    def __init__(
+        self, artifacts: Artifacts, tower: Tower, tasks: Iterable[str], memory: Memory
+    ) -> None:
         """Read pictures and heads of the tasks.
 
         Args:
-            artifacts: where they lie, and the memory.
+            artifacts: where they lie.
             tower: the model; its weights do not matter yet.
             tasks: whose validation data.
+            memory: what was answered before.
         """
         self._tower = tower
         self._numeric = numeric_fingerprint()
@@ -53,15 +64,11 @@ class Validation:
         for task in sorted(set(tasks)):
             images = checkpoints.load(artifacts.images(task, "validation"), "images")
             head = checkpoints.load(artifacts.head(task), "head")
-            labels = images.tensors["labels"]
-            order = answers.stratified(labels)
             self._heads[task] = head.tensors["head"]
-            self._pictures[task] = Pictures(tower, images.tensors["images"][order], labels[order])
-            self._data[task] = {
-                "images": images.fingerprint,
-                "order": hashlib.sha256(order.numpy().tobytes()).hexdigest(),
-                "head": head.fingerprint,
-            }
+            self._pictures[task] = Pictures(
+                tower, images.tensors["images"], images.tensors["labels"]
+            )
+            self._data[task] = {"images": images.fingerprint, "head": head.fingerprint}
         self.items = {task: len(pictures) for task, pictures in self._pictures.items()}
         self.chunks = {task: pictures.chunks for task, pictures in self._pictures.items()}
         self.sizes = {
@@ -69,17 +76,7 @@ class Validation:
             for task, number in self.items.items()
         }
         self.asked = 0
-        self._memo = Memo(artifacts.memo())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the memory."""
-        self._memo.close()
+        self._memory = memory
 
     def answers(
         self, weights: Mapping[str, object], apply: Callable[[], None], task: str, chunk: int
@@ -95,13 +92,13 @@ class Validation:
             chunk: from 0.
         """
         found_by = self._key(weights, task, chunk)
-        known = self._memo.get(found_by)
+        known = self._memory.get(found_by)
         if known is not None:
             return answers.unpacked(known)
         self._prepare(weights, apply)
         found = answers.answer(self._tower, self._heads[task], self._pictures[task], chunk)
         self.asked += len(found)
-        self._memo.put(found_by, found.packed())
+        self._memory.put(found_by, found.packed())
         return found
 
     def slope(
@@ -125,7 +122,7 @@ class Validation:
             of: which loss; see `taskvec.answers`.
         """
         found_by = self._key(weights, task, chunk, of=of)
-        known = self._memo.get(found_by)
+        known = self._memory.get(found_by)
         if known is not None:
             head, _, rest = known.partition(b"\n")
             content = json.loads(head)
@@ -143,7 +140,7 @@ class Validation:
             raise InvalidData(f"the slope of the {of} is not finite; use a smaller rate")
         self.asked += len(said[0])
         head_ = canonical({"value": value, "gradient": gradient}).encode()
-        self._memo.put(found_by, head_ + b"\n" + said[0].packed())
+        self._memory.put(found_by, head_ + b"\n" + said[0].packed())
         return Slope(value, gradient, said[0])
 
     def _key(self, weights: Mapping[str, object], task: str, chunk: int, of: str = "") -> bytes:

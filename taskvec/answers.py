@@ -1,7 +1,7 @@
 """What a model answers on labelled pictures, item by item: right or wrong, and the cross-entropy.
 
 Pictures are asked about in chunks of `CHUNK`, always the same ones: the last bit of a logit depends
-on the batch, so that an answer from one search is an answer of any other. `stratified` gives them
+on the batch, so that an answer from one search is an answer of any other. Stage prepare gives them
 an order in which the first chunks are a fair sample.
 """
 
@@ -21,7 +21,6 @@ from taskvec.metrics import BATCH, Pictures
 from taskvec.towers import Tower
 
 CHUNK = BATCH
-ORDER_SEED = 0
 NOT_A_NUMBER = "the model answers NaN; a weight overflowed: use smaller coefficients"
 
 
@@ -71,24 +70,6 @@ def join(parts: Iterable[Answers]) -> Answers:
         np.concatenate([part.correct for part in parts]),
         np.concatenate([part.loss for part in parts]),
     )
-
-
-def stratified(labels: Tensor) -> Tensor:
-    """Return an order of items in which every beginning has the classes in their proportions.
-
-    Files hold their items in the order of their source, which may be that of the classes. Within a
-    class the order is drawn with a fixed seed.
-
-    Args:
-        labels: (N,) int64.
-    """
-    classes = labels.numpy()
-    drawn = np.random.default_rng(ORDER_SEED).permutation(len(classes))
-    place = np.empty(len(classes))
-    for label in np.unique(classes):
-        own = drawn[classes[drawn] == label]
-        place[own] = (np.arange(len(own)) + 0.5) / len(own)
-    return torch.from_numpy(drawn[np.argsort(place[drawn], kind="stable")])
 
 
 @torch.inference_mode()

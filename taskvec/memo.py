@@ -8,6 +8,7 @@ remembered.
 
 import hashlib
 import sqlite3
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +30,12 @@ def key(**parts: object) -> bytes:
 
 
 class Memo:
-    """Bytes by key. Any number of processes may share the file; a `Memo` is for one thread."""
+    """Bytes by key. Any number of processes and threads may share it."""
 
     def __init__(self, path: Path | None) -> None:
         """Open or create the file; None remembers nothing."""
         self._connection = _opened(path) if path else None
+        self._lock = threading.Lock()  # a transaction belongs to the connection, not to a thread
 
     def __enter__(self) -> Self:
         return self
@@ -43,34 +45,37 @@ class Memo:
 
     def get(self, found_by: bytes) -> bytes | None:
         """Return what is remembered under a key, if anything is."""
-        if self._connection is None:
-            return None
-        try:
-            row = self._connection.execute(
-                "SELECT value FROM answers WHERE key = ?", (found_by,)
-            ).fetchone()
-        except sqlite3.DatabaseError:
-            return None
+        with self._lock:
+            if self._connection is None:
+                return None
+            try:
+                row = self._connection.execute(
+                    "SELECT value FROM answers WHERE key = ?", (found_by,)
+                ).fetchone()
+            except sqlite3.DatabaseError:
+                return None
         return _read(row[0], found_by) if row else None
 
     def put(self, found_by: bytes, content: bytes) -> None:
         """Remember something; it replaces an entry that cannot be read."""
-        if self._connection is None:
-            return
-        try:
-            with self._connection:
-                self._connection.execute(
-                    "INSERT OR REPLACE INTO answers VALUES (?, ?)",
-                    (found_by, _digest(content, found_by) + content),
-                )
-        except sqlite3.DatabaseError:  # busy for too long, disk full: it is only a memory
-            return
+        with self._lock:
+            if self._connection is None:
+                return
+            try:
+                with self._connection:
+                    self._connection.execute(
+                        "INSERT OR REPLACE INTO answers VALUES (?, ?)",
+                        (found_by, _digest(content, found_by) + content),
+                    )
+            except sqlite3.DatabaseError:  # busy for too long, disk full: it is only a memory
+                return
 
     def close(self) -> None:
         """Close the file."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
 
 
 def _opened(path: Path) -> sqlite3.Connection | None:

@@ -2,7 +2,7 @@
 
 Each returns one ``<svg>`` element to stand inside an HTML page: no size of its own, an accessible
 label, text as text, ids that no other figure has, nothing that is fetched. Accuracies come in as
-fractions and are drawn in percent.
+fractions and are drawn in percent, losses in nats.
 """
 
 import io
@@ -87,20 +87,41 @@ class Node:
     column: int
 
 
+@dataclass(frozen=True)
+class Quantity:
+    """What the objective of a search is measured in.
+
+    Attributes:
+        column: the columns of a search's table that hold it for each task.
+        factor: from the table to the figure.
+        unit: in the figure.
+    """
+
+    column: str
+    factor: float
+    unit: str
+
+
+PERCENT = Quantity("accuracy", 100.0, "%")
+NATS = Quantity("loss", 1.0, "nats")
+
+
 def curves(
     table: pd.DataFrame,
     coefficient: str,
     objective: str,
+    quantity: Quantity,
     tasks: Sequence[str],
     ident: str,
     label: str,
 ) -> str:
-    """Draw accuracy against one coefficient: every task, the objective and the chosen point.
+    """Draw accuracy or loss against one coefficient: the tasks, the objective, the chosen point.
 
     Args:
         table: one search, as the schema ``Search`` has it.
         coefficient: the name of the only coefficient.
         objective: what the objective is called in the figure.
+        quantity: what it is measured in.
         tasks: all tasks; the place here decides a task's colour, the same in every figure.
         ident: prefix of the ids in the figure; unique in the page.
         label: what the figure shows, for those who cannot see it.
@@ -111,7 +132,7 @@ def curves(
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         _shade(axes, x, ~table["feasible"].to_numpy(dtype=bool))
-        lines = _curve_lines(table, objective, tasks)
+        lines = _curve_lines(table, objective, quantity, tasks)
         for name, y, style in lines:
             axes.plot(x, y, marker="o" if len(x) == 1 else None, label=name, **style)
         chosen = table[table["chosen"]].iloc[0]
@@ -126,7 +147,7 @@ def curves(
             xytext=(0, 3), textcoords="offset points", ha="center", weight="bold", fontsize=8.5,
         )  # fmt: skip
         axes.set_xlabel(f"coefficient {coefficient}")
-        axes.set_ylabel("validation, %")
+        axes.set_ylabel(f"validation, {quantity.unit}")
         axes.yaxis.set_major_locator(MaxNLocator(5))
         _end_labels(axes, [(name, float(y[-1]), style["color"]) for name, y, style in lines])
 
@@ -134,7 +155,12 @@ def curves(
 
 
 def surface(
-    table: pd.DataFrame, coefficients: tuple[str, str], objective: str, ident: str, label: str
+    table: pd.DataFrame,
+    coefficients: tuple[str, str],
+    objective: str,
+    quantity: Quantity,
+    ident: str,
+    label: str,
 ) -> str:
     """Draw the objective over two coefficients as a map, the chosen point ringed.
 
@@ -142,6 +168,7 @@ def surface(
         table: one search, as the schema ``Search`` has it: a full grid.
         coefficients: the names for the horizontal and the vertical axis.
         objective: what the colour stands for.
+        quantity: what it is measured in.
         ident: prefix of the ids in the figure; unique in the page.
         label: what the figure shows, for those who cannot see it.
     """
@@ -154,7 +181,7 @@ def surface(
         axes = figure.subplots()
         axes.grid(visible=False)
         mesh = axes.pcolormesh(
-            _borders(x), _borders(y), 100 * grid.to_numpy(), cmap="cividis",
+            _borders(x), _borders(y), quantity.factor * grid.to_numpy(), cmap="cividis",
             edgecolors="white", linewidth=0.3,
         )  # fmt: skip
         broken = np.ma.masked_where(feasible.to_numpy(dtype=bool), np.ones(grid.shape))
@@ -171,20 +198,27 @@ def surface(
         place = ", ".join(f"{n} = {v:g}" for n, v in zip(coefficients, at, strict=True))
         axes.set_title(place, fontsize=8.5, loc="center")
         bar = figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.02)
-        bar.set_label(f"{objective}, validation, %")
+        bar.set_label(f"{objective}, validation, {quantity.unit}")
         bar.outline.set_visible(False)
 
     return to_svg(draw, (5.4, 2.9), ident, label)
 
 
 def profiles(
-    table: pd.DataFrame, coefficients: Sequence[str], *, largest: bool, ident: str, label: str
+    table: pd.DataFrame,
+    coefficients: Sequence[str],
+    quantity: Quantity,
+    *,
+    largest: bool,
+    ident: str,
+    label: str,
 ) -> str:
     """Draw the best objective that each value of each coefficient reaches, three or more of them.
 
     Args:
         table: one search, as the schema ``Search`` has it.
         coefficients: the names, one panel each.
+        quantity: what the objective is measured in.
         largest: the best objective is the largest.
         ident: prefix of the ids in the figure; unique in the page.
         label: what the figure shows, for those who cannot see it.
@@ -196,12 +230,14 @@ def profiles(
         for axes, name in zip(panels, coefficients, strict=True):
             groups = allowed.groupby(f"coefficient.{name}")["objective"]
             best = groups.max() if largest else groups.min()
-            axes.plot(best.index, 100 * best.to_numpy(), "o-", color=ACCENT, markersize=2.5)
+            axes.plot(
+                best.index, quantity.factor * best.to_numpy(), "o-", color=ACCENT, markersize=2.5
+            )
             at = float(table[table["chosen"]].iloc[0][f"coefficient.{name}"])
             axes.axvline(at, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
             axes.set_title(f"{name} = {at:g}", fontsize=8.5)
             axes.set_xlabel(f"coefficient {name}")
-        panels[0].set_ylabel("best objective, validation, %")
+        panels[0].set_ylabel(f"best objective, validation, {quantity.unit}")
 
     return to_svg(draw, (5.4, 2.9), ident, label)
 
@@ -430,15 +466,15 @@ def _untangle(stacks: list[list[Node]], edges: Sequence[tuple[str, str]]) -> lis
 
 
 def _curve_lines(
-    table: pd.DataFrame, objective: str, tasks: Sequence[str]
+    table: pd.DataFrame, objective: str, quantity: Quantity, tasks: Sequence[str]
 ) -> list[tuple[str, Any, dict[str, Any]]]:
-    """Return (name, percent, style) of every curve; the objective comes last, on top."""
-    shown = [task for task in tasks if f"accuracy.{task}" in table]
-    target = 100 * table["objective"].to_numpy(dtype=float)
+    """Return (name, heights, style) of every curve; the objective comes last, on top."""
+    shown = [task for task in tasks if f"{quantity.column}.{task}" in table]
+    target = quantity.factor * table["objective"].to_numpy(dtype=float)
     lines: list[tuple[str, Any, dict[str, Any]]] = []
     for task in shown:
         position = list(tasks).index(task)
-        y = 100 * table[f"accuracy.{task}"].to_numpy(dtype=float)
+        y = quantity.factor * table[f"{quantity.column}.{task}"].to_numpy(dtype=float)
         if np.allclose(y, target):
             objective = task  # with one task the two are the same curve
             continue

@@ -28,7 +28,7 @@ from taskvec.metrics import normalized_accuracy
 from taskvec.params import Constraint, Objective, Range
 
 ROUNDING = 1e-9  # a bound is kept if only rounding says otherwise
-SLOPE_PRICE = 3  # image evaluations that a forward and a backward pass cost
+SLOPE_PRICE = 5  # image evaluations that a forward and a backward pass cost; by operations, 3
 
 Choice = Mapping[str, bool | int | float | str]
 Coefficients = Mapping[str, float]

@@ -15,7 +15,6 @@ from taskvec.answers import (
     cross_entropy,
     entropy,
     join,
-    stratified,
     unpacked,
 )
 from taskvec.errors import InvalidData
@@ -48,26 +47,6 @@ def test_joined_answers_are_those_of_all_items(parts: list[Answers]) -> None:
     assert whole.accuracy == pytest.approx(share)
     loss = sum(part.mean_loss * len(part) for part in parts) / len(whole)
     assert whole.mean_loss == pytest.approx(loss)
-
-
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=120))
-def test_every_beginning_has_the_classes_in_their_proportions(labels: list[int]) -> None:
-    given_ = torch.tensor(labels)
-    order = stratified(given_)
-    assert sorted(order.tolist()) == list(range(len(labels)))
-    ordered = given_[order]
-    for stop in range(1, len(labels) + 1):
-        for label in set(labels):
-            expected = stop * labels.count(label) / len(labels)
-            # one of its own class, and the ties among the others
-            assert abs(int((ordered[:stop] == label).sum()) - expected) <= 2.5
-
-
-def test_the_order_is_always_the_same_and_not_that_of_the_file() -> None:
-    labels = torch.arange(90) // 30
-    assert stratified(labels).tolist() == stratified(labels.clone()).tolist()
-    within = [place for place in stratified(labels).tolist() if place < 30]
-    assert within != sorted(within)
 
 
 def head() -> Tensor:

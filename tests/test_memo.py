@@ -105,19 +105,11 @@ def test_processes_that_write_at_the_same_time_lose_nothing(tmp_path: Path) -> N
             assert memory.get(memo.key(number=number)) == str(number).encode() * 50
 
 
-def test_threads_share_a_file_each_with_a_memory_of_its_own(tmp_path: Path) -> None:
-    def put(n: int) -> None:
-        with Memo(tmp_path / "answers.sqlite") as memory:
-            memory.put(memo.key(n=n), bytes([n]))
-
-    def get(n: int) -> bytes | None:
-        with Memo(tmp_path / "answers.sqlite") as memory:
-            return memory.get(memo.key(n=n))
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(put, range(50)))
-        found = list(pool.map(get, range(50)))
-    assert found == [bytes([n]) for n in range(50)]
+def test_threads_share_a_memory(tmp_path: Path) -> None:
+    with Memo(tmp_path / "answers.sqlite") as memory, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: memory.put(memo.key(n=n), bytes([n])), range(200)))
+        found = list(pool.map(lambda n: memory.get(memo.key(n=n)), range(200)))
+    assert found == [bytes([n]) for n in range(200)]
 
 
 def test_a_reader_goes_on_while_another_writes_and_a_closed_memory_is_silent(

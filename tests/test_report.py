@@ -846,7 +846,9 @@ def test_search_of_three_coefficients_has_a_panel_each() -> None:
             for a, b, d in itertools.product(values, repeat=3)
         ]
     )  # fmt: skip
-    figure = pictures.profiles(table, ["a", "b", "d"], largest=True, ident="p", label="label")
+    figure = pictures.profiles(
+        table, ["a", "b", "d"], pictures.PERCENT, largest=True, ident="p", label="label"
+    )
     assert all(f"{name} = {value}" in figure for name, value in {"a": 0.5, "b": 0, "d": 0}.items())
 
 
@@ -855,7 +857,22 @@ def test_search_of_one_point_is_drawn() -> None:
         {"coefficient.c": [0.3], "accuracy.x": [0.5], "objective": [0.7], "feasible": [False],
          "chosen": [True]}
     )  # fmt: skip
-    assert "c = 0.3" in pictures.curves(table, "c", "accuracy", ["x"], "one", "label")
+    assert "c = 0.3" in pictures.curves(
+        table, "c", "accuracy", pictures.PERCENT, ["x"], "one", "label"
+    )
+
+
+def test_search_by_loss_is_drawn_in_nats() -> None:
+    table = pd.DataFrame(
+        {"coefficient.c": [0.0, 0.5, 1.0], "accuracy.x": [0.1, 0.2, 0.3], "loss.x": [2.2, 1.4, 0.9],
+         "objective": [2.2, 1.4, 0.9], "feasible": True, "chosen": [False, False, True]}
+    )  # fmt: skip
+    figure = pictures.curves(table, "c", "loss", pictures.NATS, ["x"], "one", "label")
+    assert "validation, nats" in figure and "%" not in "".join(
+        re.findall(r">([^<]*)</text>", figure)
+    )
+    ticks = [float(text) for text in re.findall(r">([\d.]+)</text>", figure)]
+    assert max(ticks) < 3
 
 
 def test_results_show_every_seed_the_mean_and_the_range(made: tuple[Artifacts, Params]) -> None:

@@ -454,21 +454,21 @@ def test_the_most_promising_of_what_was_looked_at_is_evaluated_in_the_end() -> N
     assert solve(found, strategy, {}).coefficients == {"c": 0.5}
 
 
-def test_slopes_cost_three_evaluations_an_image_and_leave_one_complete_evaluation() -> None:
+def test_slopes_cost_several_evaluations_an_image_and_leave_one_complete_evaluation() -> None:
     def differentiate(at: Any, choice: Any, task: str, chunk: int, of: Any) -> Slope:
         return Slope(1.0, {"c": 2.0}, answers(0.5))
 
-    found = problem(budget=30)
+    found = problem(budget=47)
     with pytest.raises(InvalidInput, match="cannot differentiate"):
         found.slope({"c": 0.0}, {}, "old", 0, "entropy")
     found.differentiate = differentiate
     assert found.slope({"c": 0.0}, {}, "old", 0, "entropy").gradient == {"c": 2.0}
     found.slope({"c": 0.0}, {}, "old", 5, "entropy")  # the same chunk, round and round
-    assert found.price == 9 == found.slope_price("old", 0)
+    assert found.price == 15 == found.slope_price("old", 0)
     with pytest.raises(Exhausted):
-        found.slope({"c": 0.5}, {}, "new", 0, "entropy")  # 9 + 12 + 13 > 30
+        found.slope({"c": 0.5}, {}, "new", 0, "entropy")  # 15 + 20 + 13 > 47
     found.evaluate({"c": 0.0}, {})
-    assert found.price == 22
+    assert found.price == 28
 
 
 def test_the_smooth_direction_is_that_of_the_objective() -> None:

@@ -1,7 +1,5 @@
 """Strategies find the optimum of smooth problems, inside the ranges, within the budget."""
 
-import importlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +11,7 @@ from hypothesis import strategies as st
 
 from taskvec import layered, plugins
 from taskvec.answers import Answers
-from taskvec.errors import InvalidInput, MissingDependency
+from taskvec.errors import InvalidInput
 from taskvec.params import Constraint, Objective, Range
 from taskvec.search import (
     Candidate,
@@ -351,17 +349,6 @@ def test_adam_is_that_of_torch(slopes: list[float], rate: float) -> None:
         reference.step()
         found.step({"c": slope})
     assert found.values["c"] == pytest.approx(value.item(), rel=1e-9, abs=1e-9)
-
-
-@pytest.mark.parametrize(("strategy", "package"), [("tpe", "optuna"), ("cma_es", "cmaes")])
-def test_a_package_is_needed_only_when_it_is_used_and_then_named(
-    strategy: str, package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    importlib.reload(plugins.load("strategies", strategy))
-    with pytest.raises(MissingDependency, match=f"{strategy} needs the package {package}") as error:
-        run(problem(World({"c": 0.5})), strategy)
-    assert error.value.exit_code == 3
 
 
 @pytest.mark.parametrize("strategy", ["tpe", "cma_es"])

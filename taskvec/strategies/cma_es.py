@@ -2,11 +2,11 @@
 
 from typing import Literal
 
+import cmaes
 import numpy as np
 
 from taskvec.options import Fraction
 from taskvec.search import Candidate, Problem
-from taskvec.strategies.optional import package
 
 CONTINUOUS = True  # the points of a range mean nothing to it: see `taskvec.params`
 
@@ -28,7 +28,6 @@ def cma_es(
         guide: "objective", or "loss" for the cross-entropy, which is smooth.
         sigma: the first standard deviation as a share of each range; the first mean is its middle.
     """
-    cmaes = package("cmaes", "cma_es")
     names = sorted(problem.ranges)
     low = np.array([problem.ranges[name].low for name in names])
     high = np.array([problem.ranges[name].high for name in names])

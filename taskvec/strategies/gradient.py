@@ -18,10 +18,10 @@ def gradient(
 ) -> None:
     """Follow the slope of the cross-entropy over the objective's tasks with Adam.
 
-    A step looks at one chunk of each task and costs three image evaluations an image, forward and
-    backward. Where the chunk says that the constraint is broken, the step follows the constraint's
-    slope instead (the switching subgradient method: Polyak 1967; Lan and Zhou, arXiv:1604.03887).
-    The result is the best of the points that were evaluated completely on the way.
+    A step looks at one chunk of each task, forward and backward (`taskvec.search.SLOPE_PRICE`).
+    Where the chunk says that the constraint is broken, the step follows the constraint's slope
+    instead (the switching subgradient method: Polyak 1967; Lan and Zhou, arXiv:1604.03887). The
+    result is the best of the points that were evaluated completely on the way.
 
     Args:
         problem: any number of coefficients.

@@ -2,9 +2,10 @@
 
 from typing import Literal
 
+import optuna
+
 from taskvec.options import Count
 from taskvec.search import Problem
-from taskvec.strategies.optional import package
 
 CHOICE = "the choice"  # no name of a coefficient has a space
 CONTINUOUS = True  # the points of a range mean nothing to it: see `taskvec.params`
@@ -23,7 +24,6 @@ def tpe(
         guide: "objective", or "loss" for the cross-entropy, which is smooth.
         startup: evaluations at random places before the estimator starts.
     """
-    optuna = package("optuna", "tpe")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=problem.seed, n_startup_trials=startup)
     study = optuna.create_study(sampler=sampler, direction="maximize")
