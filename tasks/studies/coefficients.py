@@ -13,6 +13,7 @@ from tasks.studies.words import cell, columns, decimal, judge, points, seeds_not
 from taskvec import layered
 from taskvec.errors import InvalidParams
 from taskvec.params import Params
+from taskvec.search import SLOPE_PRICE
 from taskvec.spread import mean_of
 from taskvec.study_pictures import Axis, Line, dots, lines
 from taskvec.summaries import Estimate, Scores
@@ -67,11 +68,14 @@ def coefficients(artifacts: Artifacts, params: Params) -> Study:
     ways = {name: _way(artifacts, name, tasks, found) for name in edits}
     for name in (TASKS, LAYERS):
         named(ways, name, "edits")
+    layers = points(ways[LAYERS].gain(ways[SINGLE], "test"))
     text = [
+        f"With a coefficient for each layer instead of each task the change on test data is "
+        f"{layers}.",
         f"Mean normalised accuracy over {len(tasks)} tasks, in percent. {seeds_note(seeds)} The "
         "gap is validation minus test, in points: validation data chooses. *Test against single* "
         "has Student's t interval of the differences of the same seed. The price counts every "
-        "validation image each time it is asked, three times where it is differentiated.",
+        f"validation image each time it is asked, {SLOPE_PRICE} times where it is differentiated.",
         columns(
             {_label(name): _row(way, ways[SINGLE], name == SINGLE) for name, way in ways.items()},
             ["coefficients", "number", "validation", "test", "gap", "test against single",
