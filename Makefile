@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo results studies test check mutate readme bench clean-data
+.PHONY: demo results studies test check soak mutate readme bench clean-data
 
 demo: $(READY)  ## the default experiment, its table and its report
 	taskvec run
@@ -30,6 +30,9 @@ check: $(READY)  ## lint, types, import contracts, rendered files
 	mypy
 	lint-imports
 	python -m flows.plan --check
+
+soak: $(READY)  ## faults by the thousand, into docs/reliability.md; ROW=bytes MINUTES=60; it goes on
+	python -m tests.soak $(ROW) --minutes $(or $(MINUTES),60)
 
 mutate: $(READY)  ## change the code on purpose, see what the tests miss; MODULES=taskvec.vectors
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[mutation]'

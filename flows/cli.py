@@ -13,6 +13,7 @@ from taskvec.errors import TaskvecError
 if TYPE_CHECKING:
     from flows.dag import Dag, Node
     from flows.edit_models import Outcome
+    from flows.lineage import Lineage
 
 app = typer.Typer(
     name="taskvec",
@@ -48,6 +49,7 @@ def run(
     if data_root:
         os.environ["TASKVEC_DATA"] = str(data_root.absolute())
     with locking.held(root, "taskvec run", wait=wait):
+        locking.sweep(root)
         dag, nodes = _plan(root, targets or [], repair=True)
         stale = [node for node in nodes if node.reasons]
         if not stale:
@@ -74,7 +76,7 @@ def status(
     """Say what is stale and why."""
     _, nodes = _plan(_root(experiment), targets or [], repair=False)
     stale = [node for node in nodes if node.reasons]
-    notes = _origin_notes(stale)
+    notes = [*_origin_notes(stale), *_retraction_notes(_top())]
     if as_json:
         content = {
             "up_to_date": not stale,
@@ -93,6 +95,8 @@ def status(
         return
     if not stale:
         typer.echo(f"up to date: {len(nodes)} stages")
+        for note in notes:
+            typer.echo(f"note: {note}")
         return
     width = max(len(node.name) for node in stale)
     for node in stale:
@@ -114,16 +118,186 @@ def results(experiment: Experiment = "") -> None:
 
 @app.command()
 def trace(
-    path: Annotated[Path, typer.Argument(help="A file that a stage made")],
+    what: Annotated[str, typer.Argument(help="A path, an edit or a task, a digest, EDIT@REVISION")],
+    experiment: Experiment = "",
+    down: Annotated[bool, typer.Option("--down", help="What was made from it")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    dot: Annotated[bool, typer.Option("--dot", help="Print a graph for Graphviz")] = False,
+    mermaid: Annotated[bool, typer.Option("--mermaid", help="Print a Mermaid flowchart")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the graph")] = None,
+    openlineage: Annotated[Path | None, typer.Option(help="Write OpenLineage events")] = None,
+    prov: Annotated[Path | None, typer.Option(help="Write W3C PROV-JSON")] = None,
+) -> None:
+    """Say where an artifact came from: stages, parameters, inputs and runs, back to the data."""
+    from flows import trace as tracing
+
+    page = html.absolute() if html else None
+    documents = {"openlineage": openlineage, "prov": prov}
+    wanted = {name: path.absolute() for name, path in documents.items() if path}
+    with _lineage(experiment) as lineage:
+        artifact = lineage.find(what)
+        if wanted:
+            from flows import openlineage as events
+            from flows import prov as graphs
+
+            for name, path in wanted.items():
+                write = events.write if name == "openlineage" else graphs.write
+                write(path, lineage.chain(artifact))
+                _say(f"{name}: {path}")
+            return
+        if dot or mermaid:
+            graph = tracing.graph(lineage, artifact, down=down)
+            typer.echo(tracing.dot(graph) if dot else tracing.mermaid(graph))
+            return
+        if page:
+            from flows import lineage_page
+
+            lineage_page.write(page, lineage, artifact, down=down)
+            _say(f"page: {page}")
+            return
+        found = (tracing.below if down else tracing.trace)(lineage, artifact)
+    render = tracing.render_below if down else tracing.render
+    typer.echo(json.dumps(found, indent=2) if as_json else render(found))
+
+
+@app.command()
+def why(
+    stage: Annotated[str, typer.Argument(help="A stage, such as search-addition-0")],
     experiment: Experiment = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
-    """Say where a file came from: stages, parameters, inputs and runs, back to the data."""
-    from flows import trace as tracing
+    """Say why a stage would run, or why it ran last time."""
+    from flows import why as reasons
 
-    place = path.absolute() if experiment else path
-    chain = tracing.trace(_root(experiment), place)
-    typer.echo(json.dumps(chain, indent=2) if as_json else tracing.render(chain))
+    _, nodes = _plan(_root(experiment), [stage], repair=False)
+    with _lineage() as lineage:
+        found = reasons.why(lineage, nodes[-1])
+    typer.echo(json.dumps(found, indent=2) if as_json else reasons.render(found))
+
+
+@app.command()
+def verify(
+    what: Annotated[
+        list[str] | None, typer.Argument(help="Artifacts, or a received export; default: all")
+    ] = None,
+    experiment: Experiment = "",
+    deep: Annotated[bool, typer.Option("--deep", help="Fingerprints of weights as well")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Replace damaged copies, or remove them")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    key: Annotated[
+        Path | None, typer.Option(help="The public key that a received export is signed with")
+    ] = None,
+) -> None:
+    """Hash everything anew and compare it with what is recorded."""
+    if what and len(what) == 1 and (Path(what[0]).is_dir() or key):
+        _verify_received(Path(what[0]), key, as_json)
+    from flows import verify as verifying
+    from flows.editing import Line
+
+    with _lineage(experiment) as lineage:
+        artifacts = [lineage.find(name) for name in what or []]
+        line = Line("verify")
+        found = verifying.verify(
+            lineage, artifacts, deep=deep,
+            progress=lambda done, total: line({"step": done, "steps": total}),
+        )  # fmt: skip
+        done = verifying.repair(lineage, found) if repair else []
+    typer.echo(json.dumps(found.described(), indent=2) if as_json else verifying.render(found))
+    for words in done:
+        _say(words)
+    sys.exit(4 if found.findings else 0)
+
+
+@app.command()
+def promote(
+    edit: Annotated[str, typer.Argument(help="An edit, or a path or digest of its model")],
+    alias: Annotated[str, typer.Option(help="Such as champion")],
+    override: Annotated[
+        str, typer.Option(help="Why objections do not count; recorded with the version")
+    ] = "",
+    experiment: Experiment = "",
+) -> None:
+    """Register an edited model in MLflow under an alias, if nothing speaks against it."""
+    from flows import promote as promoting
+
+    _say(f"{promoting.promote(_root(experiment), edit, alias, override)} is {alias} now")
+
+
+@app.command()
+def export(
+    what: Annotated[str, typer.Argument(help="An edit, or a file of `taskvec edit`")],
+    directory: Annotated[Path, typer.Argument(help="A directory that does not exist yet")],
+    form: Annotated[
+        str, typer.Option("--format", help="open_clip, transformers or taskvec; default: what fits")
+    ] = "",
+    seed: Annotated[int | None, typer.Option(help="Of the vectors; default: the first")] = None,
+    sign: Annotated[Path | None, typer.Option(help="A private key that signs the export")] = None,
+    experiment: Experiment = "",
+) -> None:
+    """Write an edited model for others: weights, model card and provenance statement."""
+    from flows import export as exporting
+
+    place = directory.absolute()
+    key = sign.absolute() if sign else None
+    name = str(Path(what).absolute()) if Path(what).is_file() else what
+    written = exporting.export(_root(experiment), name, place, form=form, seed=seed, key=key)
+    _say(f"{directory}: {written.weights} for {written.library}; `taskvec verify {directory}`")
+
+
+@app.command()
+def reproduce(
+    what: Annotated[str, typer.Argument(help="An artifact that a stage made")],
+    experiment: Experiment = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Rebuild an artifact from the data on, in a clean worktree, and compare every bit."""
+    from flows import reproduce as rebuilding
+
+    root = _root(experiment)
+    with _lineage() as lineage:
+        found = rebuilding.reproduce(lineage, root, lineage.find(what), say=_say)
+    typer.echo(json.dumps(found.described(), indent=2) if as_json else rebuilding.render(found))
+    sys.exit(0 if found.close else 4)
+
+
+@app.command()
+def retract(
+    what: Annotated[str, typer.Argument(help="A path, a task or an edit, a digest")],
+    why: Annotated[str, typer.Option(help="What is wrong with it; committed to git")] = "",
+    withdraw: Annotated[bool, typer.Option("--withdraw", help="Take it back")] = False,
+    experiment: Experiment = "",
+) -> None:
+    """Mark an artifact, and every model that contains it, as not to be used any more."""
+    from flows import retractions
+
+    with _lineage(experiment) as lineage:
+        artifact = lineage.find(what)
+        if withdraw:
+            retractions.withdraw(lineage, artifact)
+            _say(f"{artifact.name} is no longer retracted; commit {retractions.NAME}")
+            return
+        models = retractions.retract(lineage, artifact, why)
+    _say(f"{artifact.name} ({artifact.key[:12]}) is retracted; {len(models)} files contain it:")
+    for model in models:
+        typer.echo(model.name)
+    _say(f"commit {retractions.NAME}; `taskvec run` makes anew what a stage can make")
+
+
+@app.command()
+def diff(
+    left: Annotated[str, typer.Argument(help="A model: an edit, a path, a digest, EDIT@REVISION")],
+    right: Annotated[str, typer.Argument(help="Another one")],
+    experiment: Experiment = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Say what differs between two models: data, code, parameters, metrics, weights by layer."""
+    from flows import difference
+
+    with _lineage(experiment) as lineage:
+        found = difference.difference(lineage, lineage.find(left), lineage.find(right))
+    typer.echo(json.dumps(found, indent=2) if as_json else difference.render(found))
 
 
 @app.command()
@@ -186,6 +360,19 @@ def import_(
 
 
 @app.command()
+def backfill(experiment: Experiment = "") -> None:
+    """Record stages that a bare `dvc repro` ran, and send MLflow what it has not got yet."""
+    from flows import locking
+    from flows.backfill import backfill as complete
+    from flows.dag import Dag
+
+    root = _root(experiment)
+    with locking.held(root, "taskvec backfill", wait=False):
+        for line in complete(root, Dag(root).entries(), _say):
+            _say(line)
+
+
+@app.command()
 def ui() -> None:
     """Start the MLflow and Prefect UIs on loopback; Ctrl-C stops them."""
     from flows.ui import serve
@@ -229,6 +416,23 @@ def _root(experiment: str = "") -> Path:
     return known[experiment]
 
 
+def _verify_received(directory: Path, key: Path | None, as_json: bool) -> None:
+    """Check a received export, print what is wrong with it, and exit."""
+    from flows import received, signing
+
+    findings = signing.verify(directory, key)
+    content = [{"file": item.file, "problem": item.problem} for item in findings]
+    text = received.report(directory, findings)
+    typer.echo(json.dumps(content, indent=2) if as_json else text.rstrip())
+    sys.exit(received.EXIT_CODE if findings else 0)
+
+
+def _lineage(experiment: str = "") -> "Lineage":
+    from flows.lineage import Lineage
+
+    return Lineage(_root(experiment))
+
+
 def _check_data(root: Path, stale: list["Node"]) -> None:
     """Raise MissingArtifact if external data that a stale stage reads is not there."""
     wanted = {node.item for node in stale if node.stage == "prepare"}
@@ -266,6 +470,21 @@ def _origin_notes(stale: list["Node"]) -> list[str]:
     if any(node.stage == "pretrain" for node in stale):
         return ["the pre-trained model may change: every vector then gets a new origin"]
     return []
+
+
+def _top() -> Path:
+    from tasks.artifacts import Artifacts
+
+    return Artifacts(Path.cwd()).top
+
+
+def _retraction_notes(top: Path) -> list[str]:
+    if not (top / "retractions.yaml").is_file():
+        return []
+    from flows import retractions
+
+    with _lineage() as lineage:
+        return retractions.notes(lineage)
 
 
 def _finish(root: Path, nodes: list["Node"], outcomes: list["Outcome"]) -> None:

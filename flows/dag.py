@@ -33,6 +33,7 @@ from dvc.stage.cache import RunCacheNotFoundError
 from dvc.stage.serialize import to_single_stage_lockfile
 from dvc.utils.serialize import dumps_yaml, load_path, load_yaml
 
+from tasks.artifacts import Artifacts
 from taskvec.atomic import write_text
 from taskvec.errors import InvalidInput, TaskvecError, nearest
 
@@ -41,7 +42,7 @@ from taskvec.errors import InvalidInput, TaskvecError, nearest
 class Reason:
     """Why a stage is stale: a kind to filter by, and words."""
 
-    kind: str  # never run, params, code, data, output, command, upstream
+    kind: str  # never run, params, code, data, output, command, retracted, upstream
     words: str
 
 
@@ -108,6 +109,7 @@ class Dag:
         rest = [self._address(stage) for stage in plan_repro(self._graph)]
         self.order = list(dict.fromkeys([*self._main, *rest]))
         self._saved = {address: _remember(stage) for address, stage in self._stages.items()}
+        self._retracted = _retracted(root)
 
     def plan(self, targets: Iterable[str] = ()) -> list[Node]:
         """Return the stages that targets need, in the order in which `dvc repro` would run them.
@@ -162,6 +164,11 @@ class Dag:
             elif status := dep.status():
                 reasons.append(Reason("data", f"{self._relative(dep)} is {_word(status)}"))
         reasons += [
+            Reason("retracted", f"its output {self._relative(out)} is retracted: {bad}")
+            for out in stage.outs
+            if (bad := self._retracted.get(_hash(out)))
+        ]
+        reasons += [
             Reason("output", f"its output {self._relative(out)} is {_word(status)}")
             for out in stage.outs
             if (status := out.status())
@@ -185,12 +192,15 @@ class Dag:
             stage.remove_outs(ignore_remove=False)
             try:
                 self._repo.stage_cache.restore(stage)
+                if not any(_hash(out) in self._retracted for out in stage.outs):
+                    return "restored"
+                stage.remove_outs(ignore_remove=False)
             except RunCacheNotFoundError:
-                stage.save_deps()
-                for out in stage.outs:
-                    Path(out.fs_path).parent.mkdir(parents=True, exist_ok=True)
-                return "run"
-            return "restored"
+                pass
+            stage.save_deps()
+            for out in stage.outs:
+                Path(out.fs_path).parent.mkdir(parents=True, exist_ok=True)
+            return "run"
 
     @contextmanager
     def guard(self, address: str, owner: str) -> Iterator[None]:
@@ -234,6 +244,12 @@ class Dag:
             ]
             if moved:
                 raise StageChanged(f"{moved[0]} changed while {stage.name} ran; run again")
+            for out in stage.outs:
+                if why := self._retracted.get(_hash(out)):
+                    raise TaskvecError(
+                        f"{stage.name} made the retracted bytes of {self._relative(out)} again "
+                        f"({why}); change its data or parameters in params.yaml"
+                    )
             stage.commit()
             self._entries.setdefault(self._lock_path(stage), {})[stage.name] = (
                 to_single_stage_lockfile(stage)
@@ -377,6 +393,16 @@ class Dag:
 
     def _lock_path(self, stage: Stage) -> str:
         return str(Path(stage.path).with_suffix(".lock"))
+
+
+def _retracted(root: Path) -> dict[str, str]:
+    """Return md5 -> why of what must not be used any more."""
+    top = Artifacts(root).top
+    if not (top / "retractions.yaml").is_file():
+        return {}
+    from flows import retractions
+
+    return retractions.load(top).reasons()
 
 
 def _names(stage: Stage) -> set[str]:

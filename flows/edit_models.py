@@ -2,26 +2,23 @@
 
 The flow has no list of stages. It reads the graph (flows/dag.py), runs stale stages in worker
 processes (flows/workers.py) as soon as their upstream is done, and records what happened
-(flows/tracking.py). DVC is the only cache: Prefect's is off, and only names travel between tasks.
+(flows/recording.py). DVC is the only cache: Prefect's is off, and only names travel between tasks.
 """
 
 import asyncio
 import os
-import platform
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flows.dag import Dag, Node
+from flows.recording import StageRecord, Tracker
 from flows.servers import mlflow_url, running_prefect, started_prefect
-from flows.tracking import StageRecord, Tracker
 from flows.workers import Slots, StageCrashed, StageFailed, Workers
-from tasks.artifacts import Artifacts
 from tasks.stages import Progress
 from taskvec.errors import Interrupted, TaskvecError
 
@@ -202,7 +199,11 @@ def _perform(
         return _finish(run, node, Outcome(node.name, "unchanged"))
     because = "; ".join(reason.words for reason in node.reasons)
     label = "run" if how == "run" else "run-cache"
-    run.tracker.begin(StageRecord(node, label, because, prefect_task_run))
+    run.tracker.begin(
+        StageRecord(
+            node.address, node.name, node.command, node.params, label, because, prefect_task_run
+        )
+    )
     run.listener.started(node)
     try:
         if how == "run":
@@ -256,23 +257,6 @@ def _table(run: Run) -> list[list[str]]:
     return rows
 
 
-def _run_tags(run: Run, flow_run: str) -> Mapping[str, str]:
-    """Return the tags of the parent MLflow run: who, where, which commit, which flow run."""
-    commit = _git(run.root, "rev-parse", "HEAD")
-    tags = {
-        "name": f"taskvec run ({len(run.nodes)} stages)",
-        "prefect.flow_run": flow_run,
-        "mlflow.source.git.commit": commit,
-        "git.dirty": str(bool(_git(run.root, "status", "--porcelain", "--untracked-files=no"))),
-        "experiment": run.root.name if Artifacts(run.root).top != run.root else "",
-        "host": platform.node(),
-        "pid": str(os.getpid()),
-    }
-    return {key: value for key, value in tags.items() if value}
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30, check=False
-    )
-    return done.stdout.strip() if done.returncode == 0 else ""
+def _run_tags(run: Run, flow_run: str) -> dict[str, str]:
+    """Return the tags of the parent MLflow run that only the flow knows."""
+    return {"name": f"taskvec run ({len(run.nodes)} stages)", "prefect.flow_run": flow_run}

@@ -23,7 +23,7 @@ def edit(
     split: str,
 ) -> None:
     """Write an edited model, evaluate it if asked, and record it as any other edit."""
-    from flows.tracking import Tracker
+    from flows.recording import Tracker
     from tasks import ad_hoc
     from tasks.artifacts import Artifacts
     from taskvec import expressions

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,15 @@ def held(root: Path, command: str, *, wait: bool) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+def sweep(root: Path) -> None:
+    """Remove what writers that were killed have left below data/; call it while `held`."""
+    for path in (root / "data").rglob(".writing-*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _describe(holder: Path) -> str:

@@ -1,138 +1,165 @@
-"""Where a file came from, read from DVC's lock files and MLflow's record."""
+"""Where an artifact came from and what was made from it, as text, JSON or a graph."""
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
+import json
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from pathlib import PurePath
 from typing import Any
 
-from flows.dag import Dag
-from flows.tracking import runs_by_output
-from taskvec import headers
-from taskvec.errors import IncompatibleWeights, MissingArtifact
+import networkx
+
+from flows.lineage import Artifact, Lineage, Made
+from flows.records import Execution
+
+SHOWN = 90  # characters of a parameter's value
+FACTS = {
+    "mlflow_run": "MLflow run",
+    "mlflow_parent": "MLflow parent run",
+    "prefect_task_run": "Prefect task run",
+    "prefect_flow_run": "Prefect flow run",
+    "run": "log",
+    "how": "how",
+    "because": "because",
+    "who": "by",
+    "when": "at",
+    "commit": "at commit",
+    "recorded": "first recorded in commit",
+    "author": "committed by",
+    "committed": "committed at",
+    "dirty": "with uncommitted changes",
+}
 
 
-def trace(root: Path, path: Path) -> dict[str, Any]:
-    """Return the file and the chain of stages that made it, the newest first.
-
-    Args:
-        root: the checkout.
-        path: an output of some stage, or a model that `taskvec edit` or `taskvec merge` wrote
-            anywhere; absolute or relative to the working directory.
-
-    Raises:
-        MissingArtifact: no stage is recorded to have made it.
-    """
-    name = os.path.relpath(path.absolute(), root)
-    entries = Dag(root).entries()
-    makers = {out["path"]: address for address, entry in entries.items() for out in entry["outs"]}
-    runs = runs_by_output(root)
-    if name in makers:
-        chain, queue = [], [makers[name]]
-        mark = {"md5": _md5(entries[makers[name]], name)}
-    else:
-        link, inputs, found = _ad_hoc(root, path, makers)
-        chain, queue = [link], sorted({makers[item] for item in inputs})
-        mark = {"fingerprint": found}
-    seen = set(queue)
-    while queue:
-        address = queue.pop(0)
-        entry = entries[address]
-        chain.append(_link(address, entry, runs))
-        for dep in entry.get("deps", []):
-            maker = makers.get(dep["path"])
-            if maker and maker not in seen:
-                seen.add(maker)
-                queue.append(maker)
-    return {"path": name, **mark, "chain": chain}
+def trace(lineage: Lineage, artifact: Artifact) -> dict[str, Any]:
+    """Return an artifact and the chain of stages that made it, the newest first."""
+    chain = [_link(lineage, execution) for execution in lineage.chain(artifact)]
+    return {**_described(artifact), "chain": chain}
 
 
-def _ad_hoc(
-    root: Path, path: Path, makers: Mapping[str, str]
-) -> tuple[dict[str, Any], list[str], str]:
-    """Return the link of a file that no stage made, its inputs that stages made, its fingerprint.
-
-    Raises:
-        MissingArtifact: it is not there, or nothing tells where it came from.
-    """
-    metadata = _stated(path)
-    if "operands" not in metadata:
-        raise MissingArtifact(
-            f"no recorded stage made {path}; name a model of `taskvec edit`, or an output of a "
-            f"stage, such as {min(makers, default='data/reports/index.html after `taskvec run`')}"
-        )
-    wanted = {
-        name: item["fingerprint"] or item["file"] if isinstance(item, dict) else item
-        for name, item in {"origin": metadata["origin"], **metadata["operands"]}.items()
-        if item
+def below(lineage: Lineage, artifact: Artifact) -> dict[str, Any]:
+    """Return an artifact, what contains it, and what it had a say in."""
+    made = lineage.below(artifact)
+    return {
+        **_described(artifact),
+        "contained in": [_item(lineage, item) for item in made if item.contains],
+        "used for": [_item(lineage, item) for item in made if not item.contains],
     }
-    made = {
-        _stated(root / name).get("fingerprint"): name
-        for name in makers
-        if name.endswith(".safetensors")
-    }
-    inputs = {made.get(mark, f"{name} (not here)"): mark for name, mark in wanted.items()}
-    command = "edit" if "coefficients" in metadata else "merge"
-    link = {
-        "stage": f"taskvec {command} {metadata['digest'][:12]}",
-        "command": f"taskvec {command} {metadata['expression']!r}",
-        "inputs": inputs,
-        "outputs": {path.name: metadata["fingerprint"]},
-        "parameters": {
-            key: metadata[key] for key in ("expression", "coefficients", "seed") if key in metadata
-        },
-        "run": {},
-    }
-    return link, [name for name in inputs if name in makers], str(metadata["fingerprint"])
 
 
-def _stated(path: Path) -> dict[str, Any]:
-    """Return what a weights file states of itself; nothing if it is no file of taskvec."""
-    try:
-        return headers.read_metadata(headers.read_header(path), path)
-    except (IncompatibleWeights, MissingArtifact, OSError):
-        return {}
-
-
-def render(chain: dict[str, Any]) -> str:
+def render(found: Mapping[str, Any]) -> str:
     """Return a trace as indented text."""
-    kind = "md5" if "md5" in chain else "fingerprint"
-    lines = [f"{chain['path']}  {kind} {chain[kind]}"]
-    for link in chain["chain"]:
+    lines = [_title(found)]
+    for link in found["chain"]:
         lines.append(f"\n{link['stage']}")
         for kind in ("inputs", "outputs"):
             for path, md5 in link[kind].items():
                 lines.append(f"  {kind[:-1]:7} {path}  {md5[:12]}")
         for key, value in link["parameters"].items():
             text = str(value)
-            lines.append(f"  param   {key} = {text if len(text) <= 90 else text[:87] + '...'}")
+            short = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+            lines.append(f"  param   {key} = {short}")
         for key, value in link["run"].items():
             lines.append(f"  {key} {value}")
     return "\n".join(lines)
 
 
-def _link(address: str, entry: dict[str, Any], runs: dict[str, dict[str, str]]) -> dict[str, Any]:
-    outs = {out["path"]: out["md5"] for out in entry["outs"]}
-    tags = next((runs[md5] for md5 in outs.values() if md5 in runs), {})
-    wanted = {
-        "run_id": "MLflow run",
-        "prefect.task_run": "Prefect task run",
-        "mlflow.parentRunId": "MLflow parent run",
-        "how": "how",
-        "stale.because": "because",
-    }
+def render_below(found: Mapping[str, Any]) -> str:
+    """Return what was made from an artifact as text; former versions are counted."""
+    lines = [_title(found)]
+    for title in ("contained in", "used for"):
+        items = found[title]
+        current = [item for item in items if item["current"]]
+        former = len(items) - len(current)
+        lines.append(f"\n{title}: {len(current)} files, {former} former versions")
+        for kind, group in groupby(sorted(current, key=_by_kind), key=lambda item: item["kind"]):
+            lines.append(f"  {kind}")
+            lines += [f"    {item['path']}  {item['md5'][:12]}" for item in group]
+    return "\n".join(lines)
+
+
+def graph(lineage: Lineage, artifact: Artifact, *, down: bool) -> networkx.DiGraph:
+    """Return the graph above or below an artifact.
+
+    Nodes are files, by digest (``kind``, ``label``), and executions (``kind`` is "stage"), with the
+    commits and runs that recorded them; edges lead from what was used to what was made.
+    """
+    if down:
+        executions: Iterable[Execution] = {
+            made.through.ident: made.through for made in lineage.below(artifact)
+        }.values()
+    else:
+        executions = lineage.chain(artifact)
+    found = networkx.DiGraph()
+    found.add_node(artifact.key, kind=artifact.kind, label=artifact.name)
+    for execution in executions:
+        link = _link(lineage, execution)
+        found.add_node(execution.ident, kind="stage", label=link["stage"], **link)
+        for path, mark in {**execution.inputs, **execution.outputs}.items():
+            if mark not in found:
+                one = Artifact(mark, (path,))
+                found.add_node(mark, kind=one.kind, label=path)
+        found.add_edges_from((mark, execution.ident) for mark in execution.inputs.values())
+        found.add_edges_from((execution.ident, mark) for mark in execution.outputs.values())
+    return found
+
+
+def dot(found: networkx.DiGraph) -> str:
+    """Return a graph in the language of Graphviz."""
+    lines = ["digraph lineage {", "  rankdir=LR;", '  node [fontname="sans-serif"];']
+    for node, data in found.nodes(data=True):
+        shape = "box" if data["kind"] == "stage" else "note"
+        lines.append(f"  {json.dumps(node)} [label={json.dumps(data['label'])}, shape={shape}];")
+    lines += [f"  {json.dumps(a)} -> {json.dumps(b)};" for a, b in found.edges]
+    return "\n".join([*lines, "}"])
+
+
+def mermaid(found: networkx.DiGraph) -> str:
+    """Return a graph as a Mermaid flowchart."""
+    names = {node: f"n{number}" for number, node in enumerate(found.nodes)}
+    lines = ["flowchart LR"]
+    for node, data in found.nodes(data=True):
+        label = data["label"].replace('"', "#quot;")
+        left, right = ("[", "]") if data["kind"] == "stage" else ("([", "])")
+        lines.append(f'  {names[node]}{left}"{label}"{right}')
+    lines += [f"  {names[a]} --> {names[b]}" for a, b in found.edges]
+    return "\n".join(lines)
+
+
+def _described(artifact: Artifact) -> dict[str, Any]:
+    """Return name and digests of an artifact; `md5` only of what DVC knows."""
+    marks = {"md5": artifact.md5, "fingerprint": artifact.fingerprint}
+    return {"path": artifact.name, **{key: mark for key, mark in marks.items() if mark}}
+
+
+def _link(lineage: Lineage, execution: Execution) -> dict[str, Any]:
     return {
-        "stage": address,
-        "command": entry["cmd"],
-        "inputs": {dep["path"]: dep["md5"] for dep in entry.get("deps", [])},
-        "outputs": outs,
+        "stage": lineage.stage(execution),
+        "command": execution.command,
+        "inputs": execution.inputs,
+        "outputs": execution.outputs,
         "parameters": {
-            key if file == "params.yaml" else f"{file}:{key}": value
-            for file, values in entry.get("params", {}).items()
+            key if file in ("", "params.yaml") else f"{file}:{key}": value
+            for file, values in execution.parameters.items()
             for key, value in values.items()
         },
-        "run": {words: tags[tag] for tag, words in wanted.items() if tag in tags},
+        "run": {words: execution.run[key] for key, words in FACTS.items() if key in execution.run},
     }
 
 
-def _md5(entry: dict[str, Any], name: str) -> str:
-    return next(str(out["md5"]) for out in entry["outs"] if out["path"] == name)
+def _item(lineage: Lineage, made: Made) -> dict[str, Any]:
+    return {
+        **_described(made.artifact),
+        "md5": made.artifact.key,
+        "kind": made.artifact.kind,
+        "current": made.current,
+        "stage": lineage.stage(made.through),
+    }
+
+
+def _by_kind(item: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    return item["kind"], PurePath(item["path"]).parts
+
+
+def _title(found: Mapping[str, Any]) -> str:
+    marks = [f"{kind} {found[kind]}" for kind in ("md5", "fingerprint") if kind in found]
+    return "  ".join([found["path"], *marks])

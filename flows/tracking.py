@@ -1,297 +1,538 @@
-"""MLflow: one run a flow run, one child run an executed stage. The only module that imports mlflow.
+"""MLflow: sends what the logs of runs hold (flows/outbox.py). The only module that imports mlflow.
 
-Everything goes through one thread, so that tracking neither delays a stage nor writes to SQLite
-from two places. Checkpoints, vectors and edited models become LoggedModels that point to the
-files DVC keeps; no byte is copied.
+A run becomes an MLflow run, each executed stage a child run of it. Checkpoints, vectors and edited
+models become LoggedModels that point to the files DVC keeps; no byte is copied.
+
+Everything sent carries the tag ``taskvec.key``: the log and the line that it came from. What a
+server already has is looked up by it before anything is sent again, so a process may die between
+sending and noting that it did.
 """
 
-import json
 import logging
 import os
-import queue
-import re
+import shutil
 import sqlite3
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from flows.dag import Node
-from tasks.artifacts import Artifacts
-from taskvec import headers
+from flows import outbox
+from flows.redaction import reason, redacted
+from flows.store import KEY, OWN, content, database, tracking_uri
+from tasks.artifacts import EXPERIMENTS, Artifacts
+from taskvec.errors import ServiceUnreachable
 
 EXPERIMENT = "taskvec"
 MODEL_TYPES = {"checkpoints": "checkpoint", "vectors": "task vector", "edits": "edited model"}
-FLUSH_SECONDS = 60
+ANSWER_SECONDS = 5
+CREATE_SECONDS = 20  # for the tables of a new SQLite file, which another process may create
+NOTE_SECONDS = 10.0
+MOST_DIGESTS = 240  # MLflow takes 8,000 characters a tag; the log has them all
+LONGEST = 5000  # characters of a tag that is text
+MOST_METRICS = 1000  # in one request
+MOST_RUNS = 10_000
+_SHOWN = (".json", ".csv", ".html", ".md", ".svg", ".png")
 
 
-def tracking_uri(root: Path) -> str:
-    """Return MLFLOW_TRACKING_URI, or the repository's own SQLite file."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Artifacts(root).top / 'mlflow.db'}"
-
-
-@dataclass(frozen=True)
-class StageRecord:
-    """What is recorded of one executed stage.
+class Connection:
+    """An MLflow server or database.
 
     Attributes:
-        how: "run" or "run-cache".
-        because: why it was stale, in words.
-        prefect_task_run: id, may be empty.
-        started: seconds since the epoch.
+        store: what it is called in notes; holds no password.
+        local: it is a SQLite file.
+        loading: mlflow is being imported, or tables are being created.
+        loaded: when that was done, by the monotonic clock.
+        alive: when it last answered, by the monotonic clock.
     """
 
-    node: Node
-    how: str
-    because: str
-    prefect_task_run: str
-    started: float = field(default_factory=time.time)
-
-
-class Tracker:
-    """Records a flow run. Methods return at once; `close` waits for what is outstanding."""
-
-    def __init__(self, root: Path, warn: Callable[[str], None]) -> None:
-        self._root = root
+    def __init__(self, root: Path) -> None:
+        uri = tracking_uri(root)  # before mlflow is imported, which sets the variable
+        self._own = "MLFLOW_TRACKING_URI" not in os.environ
         self._top = Artifacts(root).top
-        self._warn = warn
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._uri = uri
         self._client: Any = None
-        self._experiment = ""
-        self._parent = ""
-        self._runs: dict[str, str] = {}  # address -> MLflow run of the stage
-        self._models: dict[str, str] = {}  # md5 -> LoggedModel
-        self._broken = False
+        self._imported = False
+        self.store = OWN if self._own else redacted(uri)
+        self.local = database(uri) is not None
+        self.loading = False
+        self.alive = self.loaded = time.monotonic()
+        self.experiment = ""
 
-    def link(self, server: str) -> str:
-        """Return the address of the parent run in an MLflow UI; empty if either does not exist."""
-        if not server or not self._parent:
-            return ""
-        return f"{server}/#/experiments/{self._experiment}/runs/{self._parent}"
+    @property
+    def top(self) -> Path:
+        """The repository."""
+        return self._top
 
-    def start(self, tags: Mapping[str, str]) -> None:
-        """Open the database and the parent run, on the tracking thread."""
-        self._thread.start()
-        self._queue.put(lambda: self._open(dict(tags)))
+    @property
+    def client(self) -> Any:
+        """MLflow's client, connected at the first use.
 
-    def begin(self, record: StageRecord) -> None:
-        """Open the child run of a stage."""
-        self._queue.put(lambda: self._begin(record))
+        Raises:
+            Exception: whatever MLflow raises if it cannot be reached.
+        """
+        if self._client is None:
+            self._client = self._connected()
+        return self._client
 
-    def progress(self, address: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Record metrics of a running stage."""
-        now = int(time.time() * 1000)
-        self._queue.put(lambda: self._progress(address, step, dict(metrics), now))
+    def answered(self) -> None:
+        """Note that it lives."""
+        self.alive = time.monotonic()
 
-    def end(
-        self, address: str, status: str, outs: Mapping[str, str], inputs: Mapping[str, str]
-    ) -> None:
-        """Close the child run of a stage: FINISHED or FAILED, with the digests of its files."""
-        self._queue.put(lambda: self._end(address, status, dict(outs), dict(inputs)))
+    def model(self, tag: str, value: str) -> Any:
+        """Return the LoggedModel with a tag; None if there is none."""
+        found = self.client.search_logged_models(
+            [self.experiment], filter_string=f"tags.`{tag}` = '{value}'", max_results=1
+        )
+        return found[0] if found else None
 
-    def edited(self, path: Path, parents: list[str], metrics: Mapping[str, float]) -> None:
-        """Record a model that was made outside the graph on the parent run.
+    def add_parents(self, run: str, tag: str, values: Iterable[str]) -> None:
+        """Make LoggedModels, by a tag, inputs of a run, unless they are already."""
+        from mlflow.entities import LoggedModelInput
+
+        known = {item.model_id for item in self.client.get_run(run).inputs.model_inputs}
+        found = [self.model(tag, value) for value in values]
+        models = [LoggedModelInput(m.model_id) for m in found if m and m.model_id not in known]
+        if models:
+            self.client.log_inputs(run, models=models)
+
+    def running(self, host: str) -> list[Any]:
+        """Return the runs that are said to be running on a host, without those of stages."""
+        found = self.client.search_runs(
+            [self.experiment],
+            filter_string=f"attributes.status = 'RUNNING' AND tags.host = '{host}'",
+        )
+        return [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+
+    def _connected(self) -> Any:
+        path = database(self._uri)
+        if path is not None:
+            _check_unlocked(path)
+        self.loading = True
+        try:
+            mlflow = _mlflow()
+            if not self._imported:
+                self._imported, self.loaded = True, time.monotonic()
+            if path is None:
+                self.loading = False
+                return self._open(mlflow)
+            # Two processes that create the schema at once destroy it.
+            lock = self._top / ".taskvec" / "mlflow.lock"
+            if not self._own:
+                lock = path.with_name(f"{path.name}.lock")
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock, timeout=CREATE_SECONDS):
+                client = self._open(mlflow)
+            self.answered()
+            return client
+        finally:
+            self.loading = False
+
+    def _open(self, mlflow: Any) -> Any:
+        before = os.environ.get("MLFLOW_TRACKING_URI")
+        mlflow.set_tracking_uri(self._uri)
+        if before is None:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)  # set by MLflow for child processes
+        client = mlflow.MlflowClient()
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            place = (self._top / "mlartifacts").as_uri() if self._own else None
+            try:
+                self.experiment = client.create_experiment(EXPERIMENT, place)
+            except mlflow.MlflowException:  # somebody else was faster
+                self.experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+        else:
+            self.experiment = found.experiment_id
+        return client
+
+
+@dataclass
+class Delivery:
+    """Sends a log to MLflow, from where it was sent to before.
+
+    Attributes:
+        path: the log; nobody else may be sending it.
+        mark: how far it was sent.
+    """
+
+    connection: Connection
+    path: Path
+    mark: outbox.Mark
+    _offset: int = -1  # in the log; -1: what the server has is to be looked up first
+    _root: Path = field(default_factory=Path)
+    _noted: float = 0.0  # when, by the monotonic clock
+    _known: outbox.Mark = field(default_factory=outbox.Mark)  # as it was noted
+
+    def advance(self, pause: Callable[[], bool] = lambda: False) -> bool:
+        """Send what is new in the log; return whether it is sent up to its end.
 
         Args:
-            path: the file; its header says what it was made of.
-            parents: fingerprints of the weights that it was made of.
-            metrics: how it does.
+            pause: asked before each event, whether to go on later.
+
+        Raises:
+            Exception: whatever MLflow raises; nothing is lost, call again later.
         """
-        self._queue.put(lambda: self._edited(path, parents, dict(metrics)))
+        if self.mark.done:
+            return True
+        try:
+            if self._offset < 0 and not self._look():
+                return False
+            for events, offset in self._new():
+                if pause():
+                    return False
+                self._send(events)
+                self.connection.answered()
+                self._offset, self.mark.lines = offset, events[-1][0] + 1
+                self.mark.done = events[-1][1]["event"] == "close"
+                self._note(NOTE_SECONDS)
+        except BaseException:
+            self._offset = -1
+            raise
+        finally:
+            self._note(0)
+        return self.mark.done
 
-    def close(self, status: str) -> None:
-        """Close the parent run and wait for the thread, at most a minute."""
-        if not self._thread.is_alive():
-            return  # the run failed before it started, so nothing was recorded
-        self._queue.put(lambda: self._client.set_terminated(self._parent, status))
-        self._queue.put(None)
-        self._thread.join(FLUSH_SECONDS)
-        if self._thread.is_alive() and not self._broken:
-            self._warn("MLflow is too slow; the end of this run is not recorded")
+    def _new(self) -> Iterator[tuple[list[tuple[int, dict[str, Any]]], int]]:
+        """Yield the events that were not sent as (number, event), and the offset after them.
 
-    def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
-            if self._broken:
+        Events that follow one another and only hold metrics come together.
+        """
+        found = outbox.read(self.path, self._offset)
+        numbered = [(self.mark.lines + i, event, end) for i, (event, end) in enumerate(found)]
+        batches = groupby(numbered, lambda x: -1 if x[1]["event"] == "progress" else x[0])
+        for _, batch in batches:
+            items = list(batch)
+            yield [(number, event) for number, event, _ in items], items[-1][2]
+
+    def _look(self) -> bool:
+        """Find out which runs of this log the server has; return whether the log has begun."""
+        events = outbox.read(self.path)
+        if not events:
+            return False
+        experiment = events[0][0]["tags"].get("experiment", "")
+        top = self.connection.top
+        self._root = top / EXPERIMENTS / experiment if experiment else top
+        parent = self._search(f"tags.`{KEY}` = '{self._key(0)}'").get(0)
+        children = self._search(f"tags.mlflow.parentRunId = '{parent}'") if parent else {}
+        ids = {0: parent, **children} if parent else {}
+        same = self.mark.store == self.connection.store and parent is not None
+        self.mark = outbox.Mark(self.connection.store, self.mark.lines if same else 0, ids)
+        self._offset = events[self.mark.lines - 1][1] if self.mark.lines else 0
+        return True
+
+    def _search(self, condition: str) -> dict[int, str]:
+        """Return number of the event -> run, of this log; runs that were made twice are deleted."""
+        runs: dict[int, str] = {}
+        client = self.connection.client
+        found = client.search_runs(
+            [self.connection.experiment], filter_string=condition, max_results=MOST_RUNS
+        )
+        for run in sorted(found, key=lambda run: str(run.info.run_id)):
+            log, _, number = run.data.tags.get(KEY, "").rpartition("/")
+            if log != self.path.stem:
                 continue
-            try:
-                job()
-            except Exception as error:  # whatever MLflow raises must not stop the work
-                self._broken = True
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                self._warn(f"MLflow does not answer; this run is not recorded ({reason})")
+            if int(number) in runs:  # an answer was lost, and the request was not
+                client.delete_run(run.info.run_id)
+            else:
+                runs[int(number)] = run.info.run_id
+        return runs
 
-    def _open(self, tags: dict[str, str]) -> None:
-        # MLflow sets the variable itself, so ask before it is told where to write.
-        own = "MLFLOW_TRACKING_URI" not in os.environ
-        uri = tracking_uri(self._root)
-        mlflow = _mlflow()
-        place = (self._top / "mlartifacts").as_uri()
-        # Two processes that create the schema at once destroy it.
-        lock = self._top / ".taskvec" / "mlflow.lock"
-        lock.parent.mkdir(exist_ok=True)
-        with FileLock(lock):
-            mlflow.set_tracking_uri(uri)
-            self._client = mlflow.MlflowClient()
-            found = self._client.get_experiment_by_name(EXPERIMENT)
-            self._experiment = (
-                found.experiment_id
-                if found
-                else self._client.create_experiment(EXPERIMENT, place if own else None)
-            )
-        name = tags.pop("name")
-        run = self._client.create_run(self._experiment, tags=tags, run_name=name)
-        self._parent = run.info.run_id
+    def _note(self, at_most_every: float) -> None:
+        now, mark, known = time.monotonic(), self.mark, self._known
+        if mark.lines == known.lines or now - self._noted < at_most_every:
+            return
+        fresh = dict(mark.ids.items() - known.ids.items())
+        outbox.note(self.connection.top, self.path.stem, replace(mark, ids=fresh))
+        self._known, self._noted = replace(mark, ids=dict(mark.ids)), now
 
-    def _begin(self, record: StageRecord) -> None:
+    def _send(self, events: list[tuple[int, dict[str, Any]]]) -> None:
+        number, event = events[0]
+        match event["event"]:
+            case "start":
+                self._create(number, event, event["tags"])
+            case "begin":
+                self._begin(number, event)
+            case "progress":
+                self._progress([event for _, event in events])
+            case "end":
+                self._end(event)
+            case "edited":
+                self._edited(number, event)
+            case "reaped":
+                self._reap(event["mlflow_run"], event["at"])
+            case "close":
+                self._terminate(self.mark.ids.get(0), event)
+
+    def _key(self, number: int, name: str = "") -> str:
+        return f"{self.path.stem}/{number}" + f":{name}" * bool(name)
+
+    def _create(self, number: int, event: dict[str, Any], tags: Mapping[str, str]) -> None:
+        if number in self.mark.ids:
+            return
+        run = self.connection.client.create_run(
+            self.connection.experiment,
+            start_time=event["at"],
+            tags={**tags, KEY: self._key(number)},
+            run_name=event["name"],
+        )
+        self.mark.ids[number] = run.info.run_id
+
+    def _begin(self, number: int, event: dict[str, Any]) -> None:
         from mlflow.entities import Param
 
-        node = record.node
+        experiment = self._root.name if self._root != self.connection.top else ""
+        known = {"dvc.stage": event["address"], **event.get("same", {})}
+        if event.get("same") and self._recorded(known, experiment):
+            return
         tags = {
-            "mlflow.parentRunId": self._parent,
-            "dvc.stage": node.address,
-            "how": record.how,
-            "stale.because": record.because,
-            "prefect.task_run": record.prefect_task_run,
+            "mlflow.parentRunId": self.mark.ids[0],
+            "dvc.stage": event["address"],
+            "experiment": experiment,
+            "how": event["how"],
+            "stale.because": event["because"][:LONGEST],
+            "prefect.task_run": event["prefect_task_run"],
         }
-        run = self._client.create_run(
-            self._experiment,
-            start_time=int(record.started * 1000),
-            tags={key: value for key, value in tags.items() if value},
-            run_name=node.name,
+        self._create(number, event, {key: value for key, value in tags.items() if value})
+        with _lenient():
+            params = [Param(name, value) for name, value in event["params"].items()]
+            self.connection.client.log_batch(self.mark.ids[number], params=params)
+
+    def _recorded(self, tags: Mapping[str, str], experiment: str) -> bool:
+        """Return whether a server that others use, too, has an execution of a stage already."""
+        found = self.connection.client.search_runs(
+            [self.connection.experiment],
+            filter_string=" AND ".join(f"tags.`{tag}` = '{tags[tag]}'" for tag in sorted(tags)),
         )
-        self._runs[node.address] = run.info.run_id
-        params = {_key(key): str(value)[:5900] for key, value in _flatten(node.params)}
-        self._client.log_batch(
-            run.info.run_id, params=[Param(*item) for item in list(params.items())[:200]]
+        return any(
+            run.data.tags.get("experiment", "") == experiment
+            and run.data.tags.get(KEY, "").partition("/")[0] != self.path.stem
+            for run in found
         )
 
-    def _progress(self, address: str, step: int, metrics: dict[str, float], now: int) -> None:
-        from mlflow.entities import Metric
+    def _progress(self, events: list[dict[str, Any]]) -> None:
+        for of in sorted({event["of"] for event in events}):
+            metrics = [
+                metric
+                for event in events
+                if event["of"] == of
+                for metric in _metrics(event["metrics"], event["at"], event["step"])
+            ]
+            if run := self.mark.ids.get(of):
+                for start in range(0, len(metrics), MOST_METRICS):
+                    with _lenient():
+                        self.connection.client.log_batch(
+                            run, metrics=metrics[start : start + MOST_METRICS]
+                        )
 
-        entries = [Metric(name, value, now, step) for name, value in metrics.items()]
-        self._client.log_batch(self._runs[address], metrics=entries)
+    def _end(self, event: dict[str, Any]) -> None:
+        from mlflow.entities import Param, RunTag
 
-    def _end(self, address: str, status: str, outs: dict[str, str], inputs: dict[str, str]) -> None:
-        run = self._runs.pop(address)
-        for tag, files in (("dvc.outs", outs), ("dvc.deps", inputs)):
-            if files:
-                self._client.set_tag(run, tag, " ".join(sorted(set(files.values()))))
-        if status == "FINISHED":
-            self._log_files(run, outs)
-            self._log_models(run, outs, inputs)
-        self._client.set_terminated(run, status)
-
-    def _log_files(self, run: str, outs: dict[str, str]) -> None:
-        """Log small outputs: metrics as metrics, tables and pages as artifacts."""
-        from mlflow.entities import Metric, Param
-
-        now = int(time.time() * 1000)
-        for name in sorted(outs):
-            path = self._root / name
-            if path.suffix == ".json":
-                values = json.loads(path.read_text())
-                texts = {k: v for k, v in values.items() if isinstance(v, str)}
-                metrics = [Metric(k, float(v), now, 0) for k, v in values.items() if k not in texts]
-                params = [Param(_key(k), v) for k, v in texts.items()]  # a chosen option
-                self._client.log_batch(run, metrics=metrics, params=params)
-            if path.suffix in (".json", ".csv", ".html", ".md", ".svg", ".png"):
-                self._client.log_artifact(run, str(path))
-
-    def _log_models(self, run: str, outs: dict[str, str], inputs: dict[str, str]) -> None:
-        import mlflow
-        from mlflow.entities import LoggedModelInput, LoggedModelOutput
-
-        parents = [
-            model
-            for name, md5 in sorted(inputs.items())
-            if _model_type(name) and (model := self._model(md5))
-        ]
-        if parents:
-            self._client.log_inputs(run, models=[LoggedModelInput(model) for model in parents])
-        for name, md5 in sorted(outs.items()):
-            kind = _model_type(name)
-            if not kind:
-                continue
-            place = str((self._root / name).relative_to(self._top))
-            logged = mlflow.create_external_model(
-                name=name.removeprefix("data/").removesuffix(".safetensors").replace("/", "-"),
-                source_run_id=run,
-                tags={"dvc.path": place, "dvc.md5": md5, **_header_tags(self._root / name)},
-                model_type=kind,
-                experiment_id=self._experiment,
+        run = self.mark.ids.get(event["of"])
+        if not run:
+            return
+        outs, deps = event.get("outs", {}), event.get("deps", {})
+        with _lenient():
+            self.connection.client.log_batch(
+                run,
+                metrics=_metrics(event.get("metrics", {}), event["at"], 0),
+                params=[Param(name, value) for name, value in event.get("params", {}).items()],
+                tags=[RunTag(tag, value) for tag, value in digest_tags(outs, deps).items()],
             )
-            self._models[md5] = logged.model_id
-            self._client.log_outputs(run, models=[LoggedModelOutput(logged.model_id, 0)])
+        for name, md5 in sorted(outs.items()):
+            with _lenient():
+                self._log_file(run, name, md5)
+        self._read_models(run, [md5 for name, md5 in sorted(deps.items()) if model_type(name)])
+        for name, md5 in sorted(outs.items()):
+            if kind := model_type(name):
+                place = str((self._root / name).relative_to(self.connection.top))
+                tags = {"dvc.path": place, "dvc.md5": md5, **event.get("headers", {}).get(name, {})}
+                key = self._key(event["of"], name)
+                self._make_model(run, key, _model_name(name), kind, tags)
+        self._terminate(run, event)
 
-    def _edited(self, path: Path, parents: list[str], metrics: dict[str, float]) -> None:
+    def _log_file(self, run: str, name: str, md5: str) -> None:
+        """Log a small output, a table or a page, as it was then."""
+        path = content(self._root, name, md5) if Path(name).suffix in _SHOWN else None
+        if path is None:
+            return
+        if path.name == Path(name).name:
+            self.connection.client.log_artifact(run, str(path))
+            return
+        with tempfile.TemporaryDirectory() as directory:
+            copy = shutil.copy(path, Path(directory) / Path(name).name)
+            self.connection.client.log_artifact(run, str(copy))
+
+    def _read_models(self, run: str, digests: list[str], tag: str = "dvc.md5") -> None:
+        from mlflow.entities import LoggedModelInput
+
+        found = [self.connection.model(tag, digest) for digest in digests]
+        models = [LoggedModelInput(model.model_id) for model in found if model]
+        if models:
+            with _lenient():
+                self.connection.client.log_inputs(run, models=models)
+
+    def _make_model(
+        self, run: str, key: str, name: str, kind: str, tags: Mapping[str, str]
+    ) -> None:
         import mlflow
-        from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
-        tags = _header_tags(path)
-        now = int(time.time() * 1000)
-        self._client.log_batch(
-            self._parent, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()]
+        client = self.connection.client
+        model = self.connection.model(KEY, key)
+        if model and model.status != LoggedModelStatus.READY:  # cut off while it was created
+            client.delete_logged_model(model.model_id)
+            model = None
+        if model is None:
+            model = mlflow.create_external_model(
+                name=name,
+                source_run_id=run,
+                tags={**tags, KEY: key},
+                model_type=kind,
+                experiment_id=self.connection.experiment,
+            )
+        known = {output.model_id for output in client.get_run(run).outputs.model_outputs}
+        if model.model_id not in known:
+            client.log_outputs(run, models=[LoggedModelOutput(model.model_id, 0)])
+
+    def _edited(self, number: int, event: dict[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        run = self.mark.ids[0]
+        header = event["header"]
+        with _lenient():
+            self.connection.client.log_batch(
+                run,
+                metrics=_metrics(event["metrics"], event["at"], 0),
+                tags=[RunTag(key, value[:LONGEST]) for key, value in header.items()],
+            )
+        self._read_models(run, event["parents"], "taskvec.fingerprint")
+        name = f"edit-{header.get('taskvec.digest', '')[:12]}"
+        tags = {"path": event["path"], **header}
+        self._make_model(run, self._key(number), name, MODEL_TYPES["edits"], tags)
+
+    def _reap(self, run: str, at: int) -> None:
+        client = self.connection.client
+        children = client.search_runs(
+            [self.connection.experiment],
+            filter_string=f"attributes.status = 'RUNNING' AND tags.mlflow.parentRunId = '{run}'",
+            max_results=MOST_RUNS,
         )
-        for key, value in tags.items():
-            self._client.set_tag(self._parent, key, value[:5000])
-        found = [model for mark in parents if (model := self._search("taskvec.fingerprint", mark))]
-        if found:
-            models = [LoggedModelInput(model) for model in found]
-            self._client.log_inputs(self._parent, models=models)
-        inside = path.absolute().is_relative_to(self._top)
-        place = path.absolute().relative_to(self._top) if inside else path.absolute()
-        logged = mlflow.create_external_model(
-            name=f"edit-{tags['taskvec.digest'][:12]}",
-            source_run_id=self._parent,
-            tags={"path": str(place), **tags},
-            model_type=MODEL_TYPES["edits"],
-            experiment_id=self._experiment,
-        )
-        self._client.log_outputs(self._parent, models=[LoggedModelOutput(logged.model_id, 0)])
+        for identifier in [*(child.info.run_id for child in children), run]:
+            with _lenient():
+                client.set_terminated(identifier, outbox.KILLED, at)
 
-    def _model(self, md5: str) -> str:
-        """Return the LoggedModel of a file, also from an earlier run; empty if there is none."""
-        if md5 not in self._models:
-            self._models[md5] = self._search("dvc.md5", md5)
-        return self._models[md5]
-
-    def _search(self, tag: str, value: str) -> str:
-        found = self._client.search_logged_models(
-            [self._experiment], filter_string=f"tags.`{tag}` = '{value}'", max_results=1
-        )
-        return str(found[0].model_id) if found else ""
+    def _terminate(self, run: str | None, event: dict[str, Any]) -> None:
+        if run:
+            with _lenient():
+                self.connection.client.set_terminated(run, event["status"], event["at"])
 
 
-def runs_by_output(root: Path) -> dict[str, dict[str, str]]:
-    """Return md5 -> tags (with ``run_id``) of the latest recorded run that made that output.
+@dataclass
+class Sent:
+    """What `send_all` did.
 
-    Reads MLflow's own SQLite file directly, because importing mlflow takes seconds; empty if runs
-    are recorded elsewhere.
+    Attributes:
+        runs: how many logs were sent up to their end.
+        damaged: names of logs that are not what was written; they are not sent.
+        left: how many logs wait, because a run writes them now or there was no time.
     """
-    uri = tracking_uri(root)
-    path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or not path.is_file():
-        return {}
+
+    runs: int = 0
+    damaged: list[str] = field(default_factory=list)
+    left: int = 0
+
+
+def send_all(connection: Connection, pause: Callable[[], bool] = lambda: False) -> Sent:
+    """Send every log that was not sent up to its end and that nobody holds, the oldest first.
+
+    Args:
+        connection: where to.
+        pause: asked before each event, whether to stop.
+
+    Raises:
+        Exception: whatever MLflow raises; the rest waits.
+    """
+    marks, closed = outbox.marks(connection.top), outbox.closed(connection.top)
+    result = Sent()
+    for path in outbox.logs(connection.top):
+        mark = marks.get(path.stem, outbox.Mark())
+        if mark.done:
+            continue
+        if outbox.broken(path, closed.get(path.stem, {})) is not None:
+            result.damaged.append(path.stem)
+            continue
+        log = None if pause() else outbox.Log.claim(path)
+        if log is None:
+            result.left += 1
+            continue
+        try:
+            done = Delivery(connection, path, mark).advance(pause)
+        finally:
+            log.release()
+        result.runs += done
+        result.left += not done
+    return result
+
+
+def send_kept(root: Path) -> Sent:
+    """Send what could not be sent before.
+
+    Raises:
+        ServiceUnreachable: MLflow does not answer; what was not sent is kept.
+    """
+    connection = Connection(root)
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
-            rows = database.execute(
-                "SELECT r.run_uuid, t.key, t.value FROM runs r JOIN tags t "
-                "ON t.run_uuid = r.run_uuid WHERE r.lifecycle_stage = 'active' "
-                "AND r.status = 'FINISHED' ORDER BY r.end_time"
-            ).fetchall()
-    except sqlite3.DatabaseError:  # a first run may be creating the tables just now
-        return {}
-    runs: dict[str, dict[str, str]] = {}
-    for run, key, value in rows:
-        runs.setdefault(run, {"run_id": run})[key] = value
-    return {md5: tags for tags in runs.values() for md5 in tags.get("dvc.outs", "").split()}
+        return send_all(connection)
+    except Exception as error:  # whatever MLflow raises
+        raise ServiceUnreachable(
+            f"MLflow does not answer ({reason(error)}); the record is kept in {outbox.DIRECTORY}; "
+            "start the server, or set MLFLOW_TRACKING_URI, and run `taskvec backfill` again"
+        ) from None
+
+
+def dead_runs(connection: Connection) -> list[str]:
+    """Return the MLflow runs that processes of this host left when they were killed.
+
+    Only runs without a log here: a log says itself that its run ended (`outbox.settle`).
+    """
+    here = {path.stem for path in outbox.logs(connection.top)}
+    host = outbox.hostname()
+    dead = []
+    for run in connection.running(host):
+        tags = run.data.tags
+        known = tags.get(KEY, "").partition("/")[0] in here
+        started = tags.get("process.started")
+        pid = tags.get("pid", "")
+        if known or not pid.isdigit():
+            continue
+        if not outbox.alive(int(pid), float(started) if started else None):
+            dead.append(run.info.run_id)
+    return dead
+
+
+def digest_tags(outs: Mapping[str, str], deps: Mapping[str, str]) -> dict[str, str]:
+    """Return the tags that hold the md5s of a stage's files."""
+    tags = {"dvc.outs": outs, "dvc.deps": deps}
+    return {
+        tag: " ".join(sorted(set(files.values()))[:MOST_DIGESTS])
+        for tag, files in tags.items()
+        if files
+    }
+
+
+def model_type(name: str) -> str:
+    """Return the kind of model that an output is; empty if it is none."""
+    parts = Path(name).parts
+    if not name.endswith(".safetensors") or len(parts) < 2 or parts[-1] == "basis.safetensors":
+        return ""
+    return MODEL_TYPES.get(parts[1], "")
 
 
 def server_command(root: Path, port: int) -> list[str]:
@@ -306,43 +547,52 @@ def server_command(root: Path, port: int) -> list[str]:
 
 
 def _mlflow() -> Any:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    # A dead server is noticed within seconds; MLflow's own 7 retries take minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        # It holds the password of the server, and standard output is ours.
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        # What is sent again is looked up first; MLflow's own retries would make runs twice.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(ANSWER_SECONDS),
+    }.items():
+        os.environ.setdefault(name, value)
     import mlflow
 
     for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told once, by the caller
     return mlflow
 
 
-def _model_type(name: str) -> str:
-    parts = Path(name).parts
-    if not name.endswith(".safetensors") or len(parts) < 2 or parts[-1] == "basis.safetensors":
-        return ""
-    return MODEL_TYPES.get(parts[1], "")
+def _check_unlocked(path: Path) -> None:
+    """Raise sqlite3.OperationalError if somebody keeps a SQLite file locked.
+
+    MLflow itself would wait for minutes.
+    """
+    if path.is_file():
+        with closing(sqlite3.connect(path, timeout=ANSWER_SECONDS)) as opened:
+            opened.execute("BEGIN IMMEDIATE")
+            opened.rollback()
 
 
-def _header_tags(path: Path) -> dict[str, str]:
-    """Return what a weights file states of itself in its header."""
-    metadata = headers.read_metadata(headers.read_header(path), path)
-    return {
-        f"taskvec.{key}": str(metadata[key])
-        for key in ("fingerprint", "origin", "expression", "digest", "coefficients", "choice")
-        if metadata.get(key)
-    }
+@contextmanager
+def _lenient() -> Iterator[None]:
+    """Go on if MLflow refuses a value or has lost the run: sending it again would not help."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.get_http_status_code() not in (400, 404):
+            raise
 
 
-def _key(name: str) -> str:
-    """Return a parameter's name in the characters and the length that MLflow takes."""
-    return re.sub(r"[^\w\-. /]", "_", name.replace(":", "/"))[:250]
+def _metrics(values: Mapping[str, Any], at: int, step: int) -> list[Any]:
+    from mlflow.entities import Metric
+
+    return [Metric(name, float(value), at, step) for name, value in values.items()]
 
 
-def _flatten(params: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    result = []
-    for key, value in params.items():
-        name = f"{prefix}{key}"
-        result += _flatten(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
-    return result
+def _model_name(name: str) -> str:
+    return name.removeprefix("data/").removesuffix(".safetensors").replace("/", "-")

@@ -11,7 +11,8 @@ import pytest
 from tests.project import EXPERIMENT, ROOT, Project
 
 COMMANDS = (
-    "run", "status", "results", "trace", "edit", "similarity", "merge", "import", "ui"
+    "run", "status", "results", "trace", "why", "diff", "verify", "reproduce", "retract",
+    "promote", "export", "backfill", "edit", "similarity", "merge", "import", "ui",
 )  # fmt: skip
 HEAVY = ("torch", "prefect", "mlflow", "dvc", "pandas", "rich.progress", "open_clip")
 
@@ -195,7 +196,7 @@ def test_a_mistake_on_the_command_line_is_a_usage_error(
 def test_a_file_that_no_stage_made_has_no_trace(project: Project) -> None:
     done = project.taskvec("trace", "params.yaml")
     assert done.code == 5
-    assert done.err.startswith("error: no recorded stage made params.yaml; ")
+    assert done.err.startswith("error: nothing recorded is called 'params.yaml': ")
     assert len(done.err.splitlines()) == 1
 
 

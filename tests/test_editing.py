@@ -129,7 +129,7 @@ def test_a_file_that_nobody_made_cannot_be_traced(finished: Project, tmp_path: P
     (tmp_path / "alien.safetensors").write_bytes(b"nothing")
     done = finished.taskvec("trace", str(tmp_path / "alien.safetensors"))
     assert done.code == 5
-    assert "no recorded stage made" in done.err
+    assert "nothing recorded is called" in done.err
 
 
 def test_similarity_prints_and_draws_the_cosines(finished: Project, tmp_path: Path) -> None:

@@ -280,14 +280,14 @@ def test_trace_leads_from_an_edited_model_back_to_the_data(finished: Project) ->
     assert done.code == 0, done.err
     chain = {link["stage"]: link for link in json.loads(done.out)["chain"]}
     assert set(chain) == {
-        "edits/dvc.yaml:search-both-0", "edits/dvc.yaml:combine-both-0", "pretrain",
+        "search-both-0", "combine-both-0", "pretrain",
         *(f"{stage}@{task}{seed}" for task in ("digits", "faces") for stage, seed in (
             ("prepare", ""), ("head", ""), ("fine_tune", "-0"), ("extract", "-0"),
             ("evaluate", "-0"))),
     }  # fmt: skip
     source = chain["prepare@digits"]["parameters"]["tasks.digits.data"]["source"]
     assert source["package"] == "scikit-learn"
-    assert chain["edits/dvc.yaml:search-both-0"]["run"]["MLflow run"]
+    assert chain["search-both-0"]["run"]["MLflow run"]
     missing = finished.taskvec("trace", "README.md")
     assert missing.code == 5
 

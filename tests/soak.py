@@ -1,0 +1,311 @@
+"""`python -m tests.soak [ROW ...] [--minutes N]`: faults in numbers that no suite has time for.
+
+Each row has a target. Trials add up over invocations (.taskvec/soak.json), and docs/reliability.md
+has the sums. A trial that fails is printed with what repeats it.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows import outbox, verify
+from flows.lineage import Lineage
+from flows.servers import started_prefect
+from taskvec.atomic import write_text
+from tests.project import ROOT, Project
+
+STATE = ROOT / ".taskvec" / "soak.json"
+PAGE = ROOT / "docs" / "reliability.md"
+DAMAGES = ("bit", "page", "cut", "swap")
+DIGITS = tuple(bytes([digit]) for digit in b"0123456789")
+MUTATIONS = ("digest", "parameter", "command", "drop", "log", "header")
+Trial = Callable[[random.Random], str]  # what went wrong; empty if nothing did
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: as in the argument.
+        what: is done to what.
+        must: hold.
+        target: how many trials.
+    """
+
+    name: str
+    what: str
+    must: str
+    target: int
+
+
+ROWS = {
+    row.name: row
+    for row in (
+        Row(
+            "bytes",
+            "one bit, a page of zeros, a cut or a swap of cached objects, mode and times kept",
+            "`verify` names the file",
+            2000,
+        ),
+        Row(
+            "records",
+            "an edit of a lock entry, of the log of runs or of a header",
+            "`verify` names the entry",
+            1000,
+        ),
+        Row("clean", "nothing", "`verify` is silent", 200),
+        Row(
+            "rebuild",
+            "another directory, TZ, locale, umask, hash seed and core",
+            "`reproduce` gives the same bits",
+            20,
+        ),
+    )
+}
+
+
+def main() -> None:
+    """Do trials of some rows until they are done or the time is up; write the page."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("rows", nargs="*", choices=[[], *ROWS], default=[])
+    parser.add_argument("--minutes", type=float, default=60.0)
+    arguments = parser.parse_args()
+    end = time.monotonic() + 60 * arguments.minutes
+    state = json.loads(STATE.read_text()) if STATE.is_file() else {}
+    with _finished() as project:
+        for name in arguments.rows or ROWS:
+            found = state.setdefault(name, {"trials": 0, "failures": []})
+            with trials(name, project) as trial:
+                while found["trials"] < ROWS[name].target and time.monotonic() < end:
+                    seed = found["trials"]
+                    if wrong := trial(random.Random(f"{name} {seed}")):
+                        found["failures"].append(f"{seed}: {wrong}")
+                        _say(f"{name} {seed}: {wrong}")
+                    found["trials"] += 1
+                    if found["trials"] % 50 == 0 or name == "rebuild":
+                        write_text(STATE, json.dumps(state, indent=2))
+                        _say(f"{name}: {found['trials']} of {ROWS[name].target}")
+    write_text(STATE, json.dumps(state, indent=2))
+    write_text(PAGE, page(state))
+
+
+def page(state: dict[str, dict[str, object]]) -> str:
+    """Return docs/reliability.md."""
+    lines = [
+        "# Reliability",
+        "",
+        "Written by `make soak`; do not edit. The same faults in small numbers are in `make test`.",
+        "",
+        "| row | what is done | what must hold | trials | failures |",
+        "|---|---|---|---:|---:|",
+    ]
+    for row in ROWS.values():
+        found = state.get(row.name, {"trials": 0, "failures": []})
+        failures = found["failures"]
+        assert isinstance(failures, list)
+        lines.append(
+            f"| {row.name} | {row.what} | {row.must} | {found['trials']} of {row.target} "
+            f"| {len(failures)} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+@contextmanager
+def _finished() -> Iterator[Project]:
+    """Yield a project in which everything has run and is committed."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        with started_prefect(directory / "server", ui=False) as server:
+            project = Project.create(directory / "checkout", server.environment)
+            done = project.taskvec("run")
+            assert done.code == 0, done.err
+            project.command("git", "add", "-A")
+            project.command(
+                "git", "-c", "user.name=t", "-c", "user.email=t@b", "commit", "-qm", "-"
+            )
+            yield project
+
+
+@contextmanager
+def trials(name: str, project: Project) -> Iterator[Trial]:
+    """Yield what does one trial of a row."""
+    if name == "rebuild":
+        yield lambda draw: rebuilt(project, draw)
+        return
+    with Lineage(project.root) as lineage:
+        match name:
+            case "bytes":
+                yield lambda draw: damaged(lineage, draw)
+            case "clean":
+                yield lambda draw: clean(lineage, draw)
+            case _:
+                yield lambda draw: mutated(project.root, draw)
+
+
+def damaged(lineage: Lineage, draw: random.Random) -> str:
+    """Damage a cached object, and see whether `verify` names it; put it back."""
+    files = sorted({(p, m) for e in lineage.recorded() for p, m in e.outputs.items()})
+    path, digest = draw.choice(files)
+    cached = lineage.records.cached(digest)
+    before, how = cached.read_bytes(), draw.choice(DAMAGES)
+    if how == "swap":
+        other = lineage.records.cached(draw.choice([m for _, m in files if m != digest]))
+        after = other.read_bytes()
+    else:
+        after = damage(before, how, draw)
+    if after == before:
+        return ""
+    _write(cached, after)
+    try:
+        found = verify.verify(lineage, [lineage.artifact(digest)])
+        named = {finding.md5 for finding in found.findings}
+        return "" if digest in named else f"{how} of {path} was not found"
+    finally:
+        _write(cached, before)
+
+
+def damage(content: bytes, how: str, draw: random.Random) -> bytes:
+    """Return what is left of a file after a fault of hardware."""
+    if not content:
+        return b"\0"
+    place = draw.randrange(len(content))
+    match how:
+        case "bit":
+            changed = bytes([content[place] ^ (1 << draw.randrange(8))])
+            return content[:place] + changed + content[place + 1 :]
+        case "page":
+            start = place // 4096 * 4096
+            return (
+                content[:start] + bytes(min(4096, len(content) - start)) + content[start + 4096 :]
+            )
+        case _:
+            return content[:place]
+
+
+def clean(lineage: Lineage, draw: random.Random) -> str:
+    """Verify the chain of some artifact that nobody touched."""
+    digests = sorted({md5 for e in lineage.recorded() for md5 in e.outputs.values()})
+    found = verify.verify(
+        lineage, [lineage.artifact(draw.choice(digests))], deep=draw.random() < 0.2
+    )
+    return "; ".join(f"{f.node}: {f.problem}" for f in found.findings)
+
+
+def mutated(root: Path, draw: random.Random) -> str:
+    """Change a record, and see whether `verify` says so; put it back."""
+    how = draw.choice(MUTATIONS)
+    if how == "log":
+        target = draw.choice(outbox.logs(root))
+    elif how == "header":
+        target = draw.choice(sorted((root / "data").glob("*/*.safetensors")))
+    else:
+        target = root / draw.choice(["dvc.lock", "edits/dvc.lock"])
+    before = target.read_bytes()
+    after = _mutation(before, how, draw)
+    if after == before:
+        return ""
+    _write(target, after)
+    try:
+        with Lineage(root) as lineage:
+            found = verify.verify(lineage)
+        return "" if found.findings else f"{how} in {target.name} was not found"
+    finally:
+        _write(target, before)
+
+
+def _mutation(content: bytes, how: str, draw: random.Random) -> bytes:
+    """Return a record with one thing changed that means something."""
+    lines = content.split(b"\n")
+    match how:
+        case "digest":
+            place = draw.choice(
+                [i for i, line in enumerate(lines) if b"md5: " in line and b"hash" not in line]
+            )
+            head, _, md5 = lines[place].rpartition(b" ")
+            at = draw.randrange(32)
+            other = draw.choice([c for c in b"0123456789abcdef" if c != md5[at]])
+            lines[place] = head + b" " + md5[:at] + bytes([other]) + md5[at + 1 :]
+        case "parameter":
+            numbers = [
+                i
+                for i, line in enumerate(lines)
+                if line.strip().endswith(DIGITS)
+                and line.startswith(b"        ")
+                and b"size" not in line
+                and b"nfiles" not in line
+            ]
+            place = draw.choice(numbers)
+            lines[place] += b"7"
+        case "command":
+            place = draw.choice(
+                [i for i, line in enumerate(lines) if line.startswith(b"    cmd: ")]
+            )
+            lines[place] += b"x"
+        case "drop":
+            place = draw.choice([i for i, line in enumerate(lines) if b"path: " in line])
+            del lines[place : place + 4]
+        case "log":
+            place = draw.randrange(len(lines) - 1)
+            match draw.randrange(3):
+                case 0:
+                    del lines[place]
+                case 1:
+                    lines.insert(place, lines[place])
+                case _:
+                    at = draw.randrange(len(lines[place]))
+                    lines[place] = lines[place][:at] + b"~" + lines[place][at + 1 :]
+        case "header":
+            at = 8 + draw.randrange(200)
+            return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+    return b"\n".join(lines)
+
+
+def rebuilt(project: Project, draw: random.Random) -> str:
+    """Rebuild an edited model under other circumstances, and compare it."""
+    seeds = {
+        "TZ": draw.choice(["Asia/Kolkata", "America/St_Johns", "UTC", "Pacific/Chatham"]),
+        "LC_ALL": draw.choice(["C", "C.UTF-8", "de_DE.UTF-8", "tr_TR.UTF-8"]),
+        "PYTHONHASHSEED": str(draw.randrange(1, 1000)),
+    }
+    core = {draw.choice(sorted(os.sched_getaffinity(0)))}
+    mask = draw.choice(["022", "077", "027"])
+    with tempfile.TemporaryDirectory(prefix=f"elsewhere-{draw.randrange(10**9)}-") as directory:
+        environment = {**project.server, **seeds, "TMPDIR": directory}
+        alone = Project(project.root, environment)
+        cores = ",".join(map(str, core)) if draw.random() < 0.5 else "0-63"
+        done = alone.command(
+            "sh",
+            "-c",
+            f"umask {mask}; exec taskset -c {cores} python -m flows.cli reproduce both --json",
+        )
+    if done.code != 0:
+        return f"exit code {done.code}: {done.err[-300:]}"
+    return "" if json.loads(done.out)["equal"] else f"other bits with {seeds}, umask {mask}"
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file in place of another, its mode and times as they were."""
+    status = path.stat()
+    copy = path.with_name(".soak")
+    copy.write_bytes(content)
+    shutil.copystat(path, copy)
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    copy.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Promotion: what speaks against it, what an override leaves, and what a registered name means."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.registry import check_alias
+from taskvec.errors import InvalidInput
+from tests.project import Project
+
+pytestmark = pytest.mark.pipeline
+MODEL = "data/edits/both-0/model.safetensors"
+READ = """
+import json, sys
+from pathlib import Path
+from flows.tracking import Connection
+client = Connection(Path.cwd()).client
+version = client.get_model_version_by_alias("both", sys.argv[1])
+run = client.get_run(version.run_id)
+models = [client.get_logged_model(item.model_id) for item in run.inputs.model_inputs]
+print(json.dumps({"version": version.version, "tags": version.tags,
+                  "parents": sorted(model.tags["dvc.path"] for model in models)}))
+"""
+
+
+def commit(project: Project) -> None:
+    project.command("git", "add", "-A")
+    project.command("git", "-c", "user.name=t", "-c", "user.email=t@b", "commit", "-qm", "done")
+
+
+def registered(project: Project, alias: str) -> Any:
+    done = project.command("python", "-W", "ignore", "-c", READ, alias)
+    return json.loads(done.out.splitlines()[-1])
+
+
+def test_a_model_is_promoted_when_nothing_speaks_against_it(project: Project) -> None:
+    dirty = project.taskvec("promote", "both", "--alias", "champion")
+    assert dirty.code == 8 and "uncommitted changes" in dirty.err
+    commit(project)
+    done = project.taskvec("promote", "both", "--alias", "champion")
+    assert done.code == 0, done.err
+    assert "models:/both/1 is champion now" in done.err
+    found = registered(project, "champion")
+    lock = (project.root / "edits/dvc.lock").read_text()
+    assert found["tags"]["dvc.md5"] in lock
+    assert "override" not in found["tags"]
+    assert found["parents"] == [
+        "data/checkpoints/digits-0.safetensors", "data/checkpoints/faces-0.safetensors",
+        "data/checkpoints/pretrained.safetensors", "data/vectors/digits-0.safetensors",
+        "data/vectors/faces-0.safetensors",
+    ]  # fmt: skip
+    # the name leads back to the file, without mlflow
+    for name in ("models:/both@champion", "models:/both/1"):
+        traced = json.loads(project.taskvec("trace", name, "--json").out)
+        assert (traced["path"], traced["md5"]) == (MODEL, found["tags"]["dvc.md5"])
+    assert project.taskvec("trace", "models:/both@nobody").code == 5
+    # the same bytes are one version; another alias points to it as well
+    assert project.taskvec("promote", "both", "--alias", "stable").code == 0
+    assert registered(project, "stable")["version"] == found["version"]
+
+    # a damaged file, a retraction: refused, and what can be overridden is recorded
+    vector = project.root / "data/vectors/digits-0.safetensors"
+    content = bytearray(vector.read_bytes())
+    content[-3] ^= 1
+    vector.chmod(0o644)
+    vector.write_bytes(content)
+    damaged = project.taskvec("promote", "both", "--alias", "champion")
+    assert damaged.code == 8 and "digits-0.safetensors" in damaged.err
+    forced = project.taskvec("promote", "both", "--alias", "risky", "--override", "only a test")
+    assert forced.code == 0, forced.err
+    tags = registered(project, "risky")["tags"]
+    assert tags["override"] == "only a test" and "digits-0" in tags["overridden"]
+    assert project.taskvec("retract", "faces", "--why", "its labels are wrong").code == 0
+    retracted = project.taskvec("promote", "both", "--alias", "champion", "--override", "please")
+    assert retracted.code == 8 and "its labels are wrong" in retracted.err
+
+
+def test_an_artifact_is_rebuilt_bit_for_bit(project: Project) -> None:
+    commit(project)
+    before = subprocess.run(
+        ["git", "status", "--porcelain"], cwd=project.root, capture_output=True, text=True
+    ).stdout
+    done = project.taskvec("reproduce", "forget", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["equal"] and found["expected"] == found["found"]
+    assert found["stages"] == 12  # all that it needs, none of it from a cache
+    after = subprocess.run(
+        ["git", "status", "--porcelain"], cwd=project.root, capture_output=True, text=True
+    ).stdout
+    assert after == before
+    assert "tree" not in project.command("git", "worktree", "list").out.replace("worktree", "")
+
+
+@pytest.mark.parametrize("alias", ["", "v1", "latest", "a b", "x" * 65, "1st"])
+def test_a_malformed_alias_is_refused(alias: str) -> None:
+    with pytest.raises(InvalidInput, match="alias"):
+        check_alias(alias)
+
+
+def test_only_edited_models_are_promoted(finished: Project, tmp_path: Path) -> None:
+    for name, code in (("digits", 3), ("nothing", 5), ("models:nothing", 5)):
+        assert finished.taskvec("promote", name, "--alias", "champion").code == code
+    assert not list(tmp_path.iterdir())
