@@ -760,6 +760,13 @@ def test_methods_compare_the_best_on_validation_with_plain_sums(
     assert first_figure(found.verdict) == pytest.approx(100 * 0.1 / 0.9, abs=0.051)
     assert "Significantly better than task arithmetic: magmax and ties mean." in found.body
     assert "Significantly worse than task arithmetic: none." in found.body
+    assert "the same figures" not in found.body
+
+
+def test_methods_that_give_the_same_model_are_named(tmp_path: Path) -> None:
+    found = page("methods", *make("methods", tmp_path, 0.02))
+    assert "task arithmetic and ties mean gave the same figures on every task" in found.body
+    assert "magmax" not in found.body.rpartition("gave the same")[0].rpartition("\n")[2]
 
 
 def test_the_best_method_is_chosen_on_validation_data(tmp_path: Path) -> None:

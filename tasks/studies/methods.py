@@ -59,6 +59,7 @@ def methods(artifacts: Artifacts, params: Params) -> Study:
         picture("Mean normalised accuracy of every method", "methods"),
         columns(rows, header),
         _differing(gains),
+        *_alike(found, order, tasks),
     ]
     shown = {"method": [averaged(values[name]) for name in order]}
     floor = averaged([one.normalized("pretrained", tasks) for one in found.values()]).value
@@ -102,6 +103,20 @@ def _row(
         "" if name == PLAIN else cell([gain], signed),
         coefficient(coefficients),
         f"{sum(prices) / len(prices):,.0f}",
+    ]
+
+
+def _alike(found: Mapping[int, Scores], names: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    """Return a sentence for each group of methods that are equally right on every task."""
+    groups: dict[tuple[float, ...], list[str]] = {}
+    for name in names:
+        figures = tuple(one.accuracy(name, task).value for one in found.values() for task in tasks)
+        groups.setdefault(figures, []).append(_label(name))
+    return [
+        f"{spoken(group)} gave the same figures on every task: what tells them apart has no effect "
+        "on this model. docs/method.md says which tensors each method treats in its own way."
+        for group in groups.values()
+        if len(group) > 1
     ]
 
 
