@@ -302,7 +302,11 @@ class Lineage:
         committed = [i for i in idents[:place] if self._index.execution(i).run]
         others = committed or [ident for ident in idents if ident != now[0]]
         alone = committed or len(others) == 1
-        return last, self._told(self._index.execution(others[-1])) if alone and others else None
+        if not alone or not others:
+            return last, None
+        before = self._index.execution(others[-1])
+        # The log of runs knows files: of two executions that made the same it means the last.
+        return last, before if before.outputs == last.outputs else self._told(before)
 
     def maker(self, mark: str) -> Execution | None:
         """Return the execution that wrote some bytes, the one in the checkout if there are several.
@@ -427,7 +431,7 @@ class Lineage:
 
     def _told(self, execution: Execution) -> Execution:
         """Return an execution with what the log of runs knows of it."""
-        known = next((self._runs[m] for m in execution.outputs.values() if m in self._runs), None)
+        known = self._runs.get(frozenset(execution.outputs.values()))
         return replace(execution, run={**execution.run, **known}) if known else execution
 
     @cached_property
@@ -436,12 +440,9 @@ class Lineage:
         return [run for run in outbox.executions(self.top) if run["status"] == "FINISHED"]
 
     @cached_property
-    def _runs(self) -> dict[str, dict[str, str]]:
-        """Return md5 -> facts of the last run that made a file."""
-        found: dict[str, dict[str, str]] = {}
-        for run in self.logged:
-            found.update(dict.fromkeys(run["made"], _facts(run)))
-        return found
+    def _runs(self) -> dict[frozenset[str], dict[str, str]]:
+        """Return the md5s of all outputs of a stage -> facts of the last run that made them."""
+        return {frozenset(run["made"]): _facts(run) for run in self.logged if run["made"]}
 
     @cached_property
     def _outside(self) -> dict[str, Execution]:

@@ -45,12 +45,21 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verified:
-    """What was looked at, and what is wrong, the nearest to the data first."""
+    """What was looked at, and what is wrong, the nearest to the data first.
+
+    Attributes:
+        findings: what is wrong.
+        entries: executions looked at.
+        files: copies of outputs looked at.
+        bytes: their size.
+        absent: outputs that are not on this machine, where nobody asked for them by name.
+    """
 
     findings: list[Finding]
     entries: int
     files: int
     bytes: int
+    absent: int
 
     def described(self) -> dict[str, Any]:
         """Return everything as JSON can hold it."""
@@ -68,15 +77,19 @@ def verify(
 
     Args:
         lineage: of the repository.
-        artifacts: with their chains; none: all that the lock files name.
+        artifacts: with their chains; none: all that the lock files name, and then a file that was
+            never made or fetched here is no fault.
         deep: also compute the fingerprints of weights, which reads them a second time.
         progress: is told the bytes hashed so far, and all.
     """
     records = lineage.records
+    artifacts = list(artifacts)
     chain = _chain(lineage, artifacts)
     findings = list(_bad_locks(records))
     found = [finding for one in chain for finding in _unconfirmed(lineage, records, one)]
     files = _files(lineage, records, chain)
+    absent = [] if artifacts else [item for item in files if not item.path.exists()]
+    files = [item for item in files if item not in absent]
     sizes = {item.path: item.path.stat().st_size for item in files if item.path.is_file()}
     done = 0
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -89,7 +102,7 @@ def verify(
     for one in chain:
         found += [f for f in _headers(lineage, records, one, deep=deep) if f.node not in bad]
     findings += [*_bad_logs(records.top), *found, *_bad_runs(lineage, chain)]
-    return Verified(findings, len(chain), len(files), sum(sizes.values()))
+    return Verified(findings, len(chain), len(files), sum(sizes.values()), len(absent))
 
 
 def render(found: Verified) -> str:
@@ -98,7 +111,10 @@ def render(found: Verified) -> str:
     for one in found.findings:
         lines += [f"{one.node}: {one.problem}", f"  mend it with: {one.repair}"]
     looked = f"{found.entries} entries, {found.files} files, {found.bytes / 1e9:.2f} GB"
-    return "\n".join([*lines, f"{len(found.findings) or 'nothing'} wrong in {looked}"])
+    lines.append(f"{len(found.findings) or 'nothing'} wrong in {looked}")
+    if found.absent:
+        lines.append(f"{found.absent} files are not here: never made or fetched on this machine")
+    return "\n".join(lines)
 
 
 def repair(lineage: Lineage, found: Verified) -> list[str]:

@@ -9,7 +9,7 @@ from flows.records import Execution
 
 Facts = dict[str, Any]
 TOLD = {
-    "when": "at", "who": "by", "because": "because",
+    "when": "at", "who": "by",
     "recorded": "in commit", "committed": "of", "author": "by",
 }  # fmt: skip
 
@@ -42,6 +42,8 @@ def render(found: Facts) -> str:
     if "last" not in found:
         return "\n".join([*lines, "no execution of it is recorded"])
     lines.append(f"last made{_told(found['last'])}")
+    if because := found["last"].get("because"):
+        lines += [f"  because {reason}" for reason in because.split("; ")]
     if "before" not in found:
         return "\n".join([*lines, "  no earlier execution is recorded"])
     lines.append(f"what was new against the one before{_told(found['before'])}")
@@ -53,5 +55,10 @@ def _facts(execution: Execution) -> Facts:
 
 
 def _told(facts: Facts) -> str:
-    words = [f"{label} {facts[key][:19]}" for key, label in TOLD.items() if facts.get(key)]
+    words = [f"{label} {_short(key, facts[key])}" for key, label in TOLD.items() if facts.get(key)]
     return f" ({', '.join(words)})" if words else ""
+
+
+def _short(key: str, value: str) -> str:
+    """Return a commit by its first digits, and anything else as it is."""
+    return value[:12] if key == "recorded" else value
