@@ -43,6 +43,7 @@ class Index:
     def __init__(self, records: Records) -> None:
         """Open the index and bring it up to date; where no file can be written, in memory."""
         self._records = records
+        self._fresh: list[tuple[str, str]] = []  # (md5, path) of outputs that are new to the index
         self._database = self._open(records.top / ".taskvec" / "lineage.sqlite")
         with self._database:
             self._database.execute("BEGIN IMMEDIATE")
@@ -210,11 +211,17 @@ class Index:
                 self._forget(source)
 
     def _refresh_weights(self) -> None:
-        """Read the headers of weights whose files are at hand."""
+        """Read the headers of weights whose files are at hand.
+
+        Looked for are the files of executions that are new here, and those that the lock files of
+        the checkout name, which may have been fetched since.
+        """
         rows = self._ask(
-            "SELECT DISTINCT m.md5, m.path FROM made m LEFT JOIN weights w ON w.md5 = m.md5 "
-            "WHERE w.md5 IS NULL AND m.path LIKE '%.safetensors'"
+            "SELECT DISTINCT m.md5, m.path FROM record r JOIN made m ON m.ident = r.ident "
+            "LEFT JOIN weights w ON w.md5 = m.md5 "
+            "WHERE r.source LIKE 'lock %' AND w.md5 IS NULL AND m.path LIKE '%.safetensors'"
         )
+        rows += self._fresh
         for md5, path in rows:
             if is_weights(path) and (stated := header(self._records.cached(md5))):
                 self._database.execute(
@@ -252,6 +259,7 @@ class Index:
             "INSERT OR IGNORE INTO execution VALUES (?, ?, ?)",
             (found.ident, found.command, json.dumps(content)),
         )
+        self._fresh += [(md5, path) for path, md5 in found.outputs.items()]
         for table, files in (("made", found.outputs), ("used", found.inputs)):
             self._database.executemany(
                 f"INSERT OR IGNORE INTO {table} VALUES (?, ?, ?)",

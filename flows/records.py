@@ -185,9 +185,9 @@ class Records:
 
     def run_cache(self) -> Iterator[Path]:
         """Yield every execution that DVC remembers, committed or not."""
-        for path in (self.cache() / "runs").glob("*/*/*"):
-            if not path.name.endswith(".tmp"):
-                yield path
+        for first in _entries(self.cache() / "runs"):
+            for key in _entries(first):
+                yield from (Path(path) for path in _entries(key) if not path.endswith(".tmp"))
 
     def refs(self) -> str:
         """Return a digest of what git has: it changes with every commit."""
@@ -224,6 +224,15 @@ class Records:
 
     def _below(self, directory: Path) -> str:
         return directory.relative_to(self.top).as_posix()
+
+
+def _entries(directory: Path | str) -> list[str]:
+    """Return the paths in a directory; none if there is no such directory."""
+    try:
+        with os.scandir(directory) as found:
+            return [entry.path for entry in found]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 @cache
