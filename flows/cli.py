@@ -76,7 +76,7 @@ def status(
     """Say what is stale and why."""
     _, nodes = _plan(_root(experiment), targets or [], repair=False)
     stale = [node for node in nodes if node.reasons]
-    notes = [*_origin_notes(stale), *_retraction_notes(_top())]
+    notes = [*_origin_notes(stale), *_retraction_notes()]
     if as_json:
         content = {
             "up_to_date": not stale,
@@ -276,13 +276,13 @@ def retract(
         artifact = lineage.find(what)
         if withdraw:
             retractions.withdraw(lineage, artifact)
-            _say(f"{artifact.name} is no longer retracted; commit {retractions.NAME}")
+            _say(f"{artifact.name} is no longer retracted; commit retractions.yaml")
             return
         models = retractions.retract(lineage, artifact, why)
     _say(f"{artifact.name} ({artifact.key[:12]}) is retracted; {len(models)} files contain it:")
     for model in models:
         typer.echo(model.name)
-    _say(f"commit {retractions.NAME}; `taskvec run` makes anew what a stage can make")
+    _say("commit retractions.yaml; `taskvec run` makes anew what a stage can make")
 
 
 @app.command()
@@ -472,14 +472,10 @@ def _origin_notes(stale: list["Node"]) -> list[str]:
     return []
 
 
-def _top() -> Path:
+def _retraction_notes() -> list[str]:
     from tasks.artifacts import Artifacts
 
-    return Artifacts(Path.cwd()).top
-
-
-def _retraction_notes(top: Path) -> list[str]:
-    if not (top / "retractions.yaml").is_file():
+    if not Artifacts(Path.cwd()).retractions().is_file():
         return []
     from flows import retractions
 

@@ -397,12 +397,11 @@ class Dag:
 
 def _retracted(root: Path) -> dict[str, str]:
     """Return md5 -> why of what must not be used any more."""
-    top = Artifacts(root).top
-    if not (top / "retractions.yaml").is_file():
+    if not Artifacts(root).retractions().is_file():
         return {}
     from flows import retractions
 
-    return retractions.load(top).reasons()
+    return retractions.load(Artifacts(root).top).reasons()
 
 
 def _names(stage: Stage) -> set[str]:

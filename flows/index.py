@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from flows.records import CONTENT, Execution, Records, chunks, is_weights, parsed
-from tasks.artifacts import EXPERIMENTS
+from tasks.artifacts import EXPERIMENTS, Artifacts
 from taskvec import headers
 from taskvec.errors import IncompatibleWeights, InvalidInput, MissingArtifact
 
@@ -44,7 +44,7 @@ class Index:
         """Open the index and bring it up to date; where no file can be written, in memory."""
         self._records = records
         self._fresh: list[tuple[str, str]] = []  # (md5, path) of outputs that are new to the index
-        self._database = self._open(records.top / ".taskvec" / "lineage.sqlite")
+        self._database = self._open(Artifacts(records.top).lineage())
         with self._database:
             self._database.execute("BEGIN IMMEDIATE")
             self._refresh()

@@ -61,7 +61,6 @@ def reproduce(
     root: Path,
     artifact: Artifact,
     *,
-    environment: dict[str, str] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Rebuilt:
     """Rebuild an artifact from the raw data on, and compare it with what is recorded.
@@ -70,7 +69,6 @@ def reproduce(
         lineage: of the repository.
         root: the directory of params.yaml.
         artifact: made by a stage.
-        environment: variables for the run, beside the present ones.
         say: is told what is going on.
 
     Raises:
@@ -89,7 +87,7 @@ def reproduce(
     with _worktree(lineage.top, commit) as tree:
         place = tree / below
         _isolate(tree, place)
-        counted = _run(place, tree, stage, {**os.environ, **(environment or {})})
+        counted = _run(place, tree, stage)
         made = place / path
         found = md5_of(made)
         distance = None
@@ -163,10 +161,9 @@ def _isolate(tree: Path, place: Path) -> None:
         (place / name).unlink(missing_ok=True)
 
 
-def _run(place: Path, tree: Path, stage: str, environment: dict[str, str]) -> int:
+def _run(place: Path, tree: Path, stage: str) -> int:
     """Run what a stage needs; return how many stages that were."""
-    for name in FORGET:
-        environment.pop(name, None)
+    environment = {key: value for key, value in os.environ.items() if key not in FORGET}
     environment["PYTHONPATH"] = str(tree)
     if root := environment.get("TASKVEC_DATA"):
         environment["TASKVEC_DATA"] = str(Path(root).absolute())

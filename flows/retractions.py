@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 
 from flows.lineage import Artifact, Lineage
+from tasks.artifacts import Artifacts
 from taskvec import yaml_file
 from taskvec.atomic import write_text
 from taskvec.errors import InvalidInput
 
-NAME = "retractions.yaml"
 NOTE = "# What must not be used any more; written by `taskvec retract`.\n"
 DIGEST = r"^[0-9a-f]{32}(\.dir)?$"
 FINGERPRINT = r"^([0-9a-f]{64})?$"
@@ -62,7 +62,7 @@ def load(top: Path) -> Retractions:
     Raises:
         InvalidInput: it is not what `taskvec retract` writes.
     """
-    path = top / NAME
+    path = Artifacts(top).retractions()
     if not path.is_file():
         return Retractions(())
     content = yaml_file.plain(yaml_file.read(path))
@@ -70,8 +70,8 @@ def load(top: Path) -> Retractions:
         return Retractions(tuple(Retraction(**item) for item in content["retractions"]))
     except (ValidationError, KeyError, TypeError) as error:
         raise InvalidInput(
-            f"{path}: not what `taskvec retract` writes ({error}); `git diff {NAME}` shows what "
-            "was edited"
+            f"{path}: not what `taskvec retract` writes ({error}); `git diff {path.name}` shows "
+            "what was edited"
         ) from None
 
 
@@ -127,4 +127,4 @@ def _write(top: Path, items: Iterable[Retraction]) -> None:
     stream = StringIO()
     content = [item.model_dump(exclude_defaults=True) for item in ordered]
     yaml.dump({"retractions": content}, stream)
-    write_text(top / NAME, NOTE + stream.getvalue())
+    write_text(Artifacts(top).retractions(), NOTE + stream.getvalue())

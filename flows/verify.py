@@ -87,9 +87,8 @@ def verify(
     chain = _chain(lineage, artifacts)
     findings = list(_bad_locks(records))
     found = [finding for one in chain for finding in _unconfirmed(lineage, records, one)]
-    files = _files(lineage, records, chain)
-    absent = [] if artifacts else [item for item in files if not item.path.exists()]
-    files = [item for item in files if item not in absent]
+    named = _files(lineage, records, chain)
+    files = [item for item in named if artifacts or item.path.exists()]
     sizes = {item.path: item.path.stat().st_size for item in files if item.path.is_file()}
     done = 0
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -102,7 +101,8 @@ def verify(
     for one in chain:
         found += [f for f in _headers(lineage, records, one, deep=deep) if f.node not in bad]
     findings += [*_bad_logs(records.top), *found, *_bad_runs(lineage, chain)]
-    return Verified(findings, len(chain), len(files), sum(sizes.values()), len(absent))
+    absent = len(named) - len(files)
+    return Verified(findings, len(chain), len(files), sum(sizes.values()), absent)
 
 
 def render(found: Verified) -> str:
@@ -202,9 +202,11 @@ def _bad_runs(lineage: Lineage, chain: Iterable[Execution]) -> Iterator[Finding]
         and run["mlflow_run"] and sent[run["run"]].store == store.OWN
     ]  # fmt: skip
     known = store.tags(lineage.top, [run["mlflow_run"] for run in runs])
-    for run in runs if known is not None else ():
+    if known is None:
+        return
+    for run in runs:
         expected = {"dvc.stage": run["stage"], **digest_tags(run["outs"], run["deps"])}
-        found = known.get(run["mlflow_run"], {}) if known is not None else {}
+        found = known.get(run["mlflow_run"], {})
         for tag, value in expected.items():
             if found.get(tag) != value:
                 node = f"MLflow run {run['mlflow_run']} ({run['stage']})"
@@ -234,7 +236,7 @@ def _unconfirmed(lineage: Lineage, records: Records, one: Execution) -> Iterator
 
 
 def _files(lineage: Lineage, records: Records, chain: Iterable[Execution]) -> list[_File]:
-    """Return the copies of all outputs, each inode once, the largest first."""
+    """Return the copies of all outputs, each inode once."""
     found: dict[tuple[int, int] | str, _File] = {}
     for one in chain:
         stage = lineage.stage(one)

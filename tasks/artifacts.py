@@ -36,6 +36,14 @@ class Artifacts:
         """What searches remember; no stage reads it as an input."""
         return self.top / ".taskvec" / "answers.sqlite"
 
+    def retractions(self) -> Path:
+        """What must not be used any more, committed to git; the flow reads it, no stage does."""
+        return self.top / "retractions.yaml"
+
+    def lineage(self) -> Path:
+        """The index of everything recorded; it can be deleted at any time."""
+        return self.top / ".taskvec" / "lineage.sqlite"
+
     def images(self, task: str, split: str) -> Path:
         """Pictures and labels of one split: alignment, train, validation or test."""
         return self.data / "prepared" / task / f"{split}.safetensors"

@@ -286,11 +286,11 @@ def test_a_wrong_retraction_is_refused(
 ) -> None:
     done = finished.taskvec("retract", *words)
     assert done.code == code and said in done.err
-    assert not (finished.root / retractions.NAME).exists()
+    assert not (finished.root / "retractions.yaml").exists()
 
 
 def test_a_file_of_retractions_that_was_edited_badly_is_explained(tmp_path: Path) -> None:
-    (tmp_path / retractions.NAME).write_text("retractions:\n- md5: xyz\n  path: a\n  why: b\n")
+    (tmp_path / "retractions.yaml").write_text("retractions:\n- md5: xyz\n  path: a\n  why: b\n")
     with pytest.raises(InvalidInput, match="not what `taskvec retract` writes"):
         retractions.load(tmp_path)
     assert retractions.load(tmp_path / "elsewhere").items == ()
