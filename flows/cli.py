@@ -156,6 +156,9 @@ def trace(
             _say(f"page: {page}")
             return
         found = (tracing.below if down else tracing.trace)(lineage, artifact)
+        if as_json:
+            whole = tracing.with_facts(tracing.graph(lineage, artifact, down=down))
+            found["graph"] = tracing.node_link(whole)
     render = tracing.render_below if down else tracing.render
     typer.echo(json.dumps(found, indent=2) if as_json else render(found))
 
@@ -242,7 +245,9 @@ def export(
     place = directory.absolute()
     key = sign.absolute() if sign else None
     name = str(Path(what).absolute()) if Path(what).is_file() else what
-    written = exporting.export(_root(experiment), name, place, form=form, seed=seed, key=key)
+    written = exporting.export(
+        _root(experiment), name, place, form=form, seed=seed, key=key, say=_say
+    )
     _say(f"{directory}: {written.weights} for {written.library}; `taskvec verify {directory}`")
 
 

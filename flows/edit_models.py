@@ -10,15 +10,17 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flows import assets
 from flows.dag import Dag, Node
 from flows.recording import StageRecord, Tracker
 from flows.servers import mlflow_url, running_prefect, started_prefect
 from flows.workers import Slots, StageCrashed, StageFailed, Workers
+from tasks.artifacts import Artifacts
 from tasks.stages import Progress
 from taskvec.errors import Interrupted, TaskvecError
 
@@ -220,7 +222,11 @@ def _perform(
             _finish(run, node, Outcome(node.name, "failed", seconds, str(error), code))
         raise
     run.dag.flush(at_most_every=FLUSH_SECONDS)
-    run.tracker.end(node.address, "FINISHED", outs, run.dag.inputs(node.address))
+    inputs = run.dag.inputs(node.address)
+    run.tracker.end(node.address, "FINISHED", outs, inputs)
+    with suppress(Exception):  # what Prefect shows of files must not stop the work
+        place = run.root.relative_to(Artifacts(run.root).top.parent).as_posix()
+        assets.emit(place, outs, inputs, label)
     return _finish(run, node, Outcome(node.name, label, time.monotonic() - started))
 
 

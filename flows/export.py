@@ -7,7 +7,7 @@ Equal lineages give equal bytes.
 import json
 import struct
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from flows import card, formats, received, retractions, signing
 from flows.card import Facts, Result
 from flows.formats import Layout
 from flows.lineage import Artifact, Lineage
+from flows.recording import Tracker
 from flows.records import Execution, Records, md5_of
 from flows.retractions import Retraction
 from flows.statement import data_sections, predicate
@@ -41,8 +42,11 @@ def export(
     form: str = "",
     seed: int | None = None,
     key: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Layout:
     """Write an edited model for somebody else, and return what was written.
+
+    The log of runs notes it, so that `taskvec trace --down` knows where models went.
 
     Args:
         root: the directory of params.yaml.
@@ -51,6 +55,7 @@ def export(
         form: "open_clip", "transformers" or "taskvec"; empty: what fits the family.
         seed: of the vectors; the first if None.
         key: a private key that signs the export.
+        say: is told in one line if the log cannot be written.
 
     Raises:
         MissingArtifact: the model, or a file that says how it does, is not at hand.
@@ -79,7 +84,14 @@ def export(
         _sources(root, build, model),
         Records(Artifacts(root).top).git("rev-parse", "HEAD").strip(),
     )
-    _publish(directory, layout, edited, card.render(facts), statement, key)
+    digest = _publish(directory, layout, edited, card.render(facts), statement, key)
+    tracker = Tracker(root, say)
+    tracker.keep({"name": f"taskvec export {artifact.name}"})
+    weights = directory.absolute() / layout.weights
+    tracker.exported(
+        weights, digest, layout.library, artifact.name, artifact.md5, artifact.fingerprint
+    )
+    tracker.close("FINISHED")
     return layout
 
 
@@ -364,15 +376,19 @@ def _publish(
     text: str,
     statement: Mapping[str, Any],
     key: Path | None,
-) -> None:
-    """Write an export beside its place, check it as its receiver would, and rename it."""
+) -> str:
+    """Write an export beside its place, check it as its receiver would, and rename it.
+
+    Returns:
+        The sha256 of its weights file.
+    """
     place = directory.absolute()
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".exporting-") as temporary:
         # of the same name, for that is what a signature is of
         inside = Path(temporary) / place.name
         inside.mkdir()
-        write(inside, layout, edited, text, statement)
+        digest = write(inside, layout, edited, text, statement)
         if key:
             signing.sign(inside, key)
         findings = received.verify_received(inside)
@@ -382,12 +398,13 @@ def _publish(
             place.rmdir()
         inside.rename(place)
     sync(place.parent)
+    return digest
 
 
 def write(
     directory: Path, layout: Layout, edited: Mapped, text: str, statement: Mapping[str, Any]
-) -> None:
-    """Write the files of an export into an empty directory.
+) -> str:
+    """Write the files of an export into an empty directory; return the weights file's sha256.
 
     Args:
         directory: where to.
@@ -416,6 +433,7 @@ def write(
     digests[layout.weights] = received.file_sha256(path)
     rendered = received.rendered(digests, {layout.weights: mark}, statement)
     write_text(directory / received.STATEMENT, rendered.decode())
+    return digests[layout.weights]
 
 
 def write_weights(path: Path, weights: Mapped, content: Mapping[str, Any]) -> None:

@@ -105,6 +105,15 @@ class Index:
         rows = self._ask("SELECT stage, ident FROM record WHERE source = ?", f"lock {lock}")
         return dict(rows)
 
+    def current_of(self, stage: str) -> list[str]:
+        """Return the executions of a stage that the lock files of the checkout name."""
+        rows = self._ask(
+            "SELECT DISTINCT e.ident FROM execution e JOIN record r ON r.ident = e.ident "
+            "WHERE r.source LIKE 'lock %' AND e.command GLOB ? ORDER BY e.command",
+            f"python -m tasks {stage} *",
+        )
+        return [row[0] for row in rows]
+
     def output(self, lock: str, path: str) -> str:
         """Return the md5 of an output in a lock file of the checkout; empty if it has none."""
         rows = self._ask(

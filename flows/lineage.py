@@ -6,19 +6,24 @@ that `taskvec edit` wrote outside the graph are linked by the fingerprints in th
 
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from flows import outbox
+from flows import outbox, sweep_rows
 from flows.index import Index, header
 from flows.records import Execution, Records, chunks, is_weights, md5_of, parsed
+from flows.sweep_rows import Row
 from tasks.artifacts import Artifacts, experiments
 from taskvec.errors import InvalidInput, MissingArtifact, nearest
+
+if TYPE_CHECKING:
+    from flows.registry import Version
 
 DIGEST = re.compile(r"[0-9a-f]{6,64}(\.dir)?")
 FINGERPRINT = 64  # digits; an md5 has fewer
@@ -42,7 +47,8 @@ LOGGED = (
     "how", "because", "commit", "dirty", "prefect_task_run", "prefect_flow_run", "mlflow_run",
     "mlflow_parent", "run",
 )  # fmt: skip
-EDIT, MERGE = "taskvec edit", "taskvec merge"
+EDIT, MERGE, EXPORT = "taskvec edit", "taskvec merge", "taskvec export"
+OUTSIDE = {EXPORT: "export", sweep_rows.COMMAND: "sweep row"}  # command -> kind of what it made
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,14 @@ class Artifact:
             that it had, relative to the experiment.
         fingerprint: of its tensors, if it holds weights whose file is at hand; else empty.
         metadata: what a weights file states of itself.
+        outside: what it is if no stage made it, in one word; else empty.
     """
 
     md5: str
     paths: tuple[str, ...]
     fingerprint: str = ""
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
+    outside: str = field(default="", compare=False)
 
     @property
     def key(self) -> str:
@@ -70,8 +78,8 @@ class Artifact:
     @property
     def kind(self) -> str:
         """What it is, in one word."""
-        if "operands" in self.metadata and not self.md5:
-            return "edit"
+        if self.outside:
+            return self.outside
         parts = Path(self.paths[0]).parts if self.paths else ()
         after = parts[parts.index("data") + 1 :] if "data" in parts else ()
         return KINDS.get(after[0], "file") if after else "file"
@@ -129,14 +137,16 @@ class Lineage:
         Args:
             name: a path; ``models:/NAME@ALIAS``; an md5, a fingerprint or the beginning of one (6
                 digits or more); a task, an edit, a sweep or a stage, maybe with a seed
-                (``addition``, ``addition-1``), also at a revision of git (``addition@HEAD~3``).
+                (``addition``, ``addition-1``), also at a revision of git (``addition@HEAD~3``);
+                a row of a sweep (``pairs-0:mnist+usps``, ``pairs-0:mnist+usps:0.4``).
 
         Raises:
             MissingArtifact: nothing recorded is called so.
             InvalidInput: a digest begins several artifacts' digests.
         """
         ways = (
-            self._registered, self._at_path, self._by_digest, self._by_name, self._at_revision,
+            self._registered, self._at_path, self._by_digest, self._by_name, self._by_row,
+            self._at_revision,
         )  # fmt: skip
         for way in ways:
             if found := way(name):
@@ -180,7 +190,7 @@ class Lineage:
                 return self.artifact(known[0])
             if "operands" in stated:
                 self._outside[mark] = from_header(stated, path.name)
-                return Artifact("", (str(path.absolute()),), mark, stated)
+                return Artifact("", (str(path.absolute()),), mark, stated, "edit")
         digest = md5_of(path)
         return self.artifact(digest) if self._index.paths(digest) else None
 
@@ -188,6 +198,8 @@ class Lineage:
         if not DIGEST.fullmatch(name):
             return None
         whole = len(name) == FINGERPRINT
+        if whole and name in self._outside:
+            return self._of_mark(name)
         found = self._marks(name) if whole else self._index.beginning_with(name)
         if len(found) > 1 and not whole:
             lines = [f"{md5}  {self.artifact(md5).name}" for md5 in found]
@@ -196,6 +208,20 @@ class Lineage:
 
     def _by_name(self, name: str) -> Artifact | None:
         return self._named(name, self._current(self._root))
+
+    def _by_row(self, name: str) -> Artifact | None:
+        sweep, colon, rest = name.partition(":")
+        if not (sweep and colon):
+            return None
+        subset, _, coefficient = rest.partition(":")
+        for row in self._rows_of(sweep):
+            if row.subset == subset and (
+                row.name == f"{row.sweep}:{rest}" if coefficient else row.chosen
+            ):
+                (mark,) = row.execution.outputs.values()
+                self._outside[mark] = row.execution
+                return self._of_mark(mark)
+        return None
 
     def _at_revision(self, name: str) -> Artifact | None:
         name, at, revision = name.rpartition("@")
@@ -368,7 +394,8 @@ class Lineage:
         if known:
             return self.artifact(known[0])
         maker = self._outside.get(mark)
-        return Artifact("", tuple(maker.outputs) if maker else (), mark)
+        kind = OUTSIDE.get(maker.command, "edit") if maker else ""
+        return Artifact("", tuple(maker.outputs) if maker else (), mark, outside=kind)
 
     def _rank(self, ident: str) -> tuple[int, str]:
         """Return how far an execution is from the checkout."""
@@ -397,6 +424,32 @@ class Lineage:
         ]
         return sorted(made, key=lambda m: (not m.contains, not m.current, m.artifact.name))
 
+    def rows(self, artifacts: Iterable[Artifact]) -> list[Row]:
+        """Return the rows of sweeps, of the checkout, that are made of any of some weights."""
+        parts = {artifact.md5 for artifact in artifacts} - {""}
+        return [row for row in self._rows_of() if not parts.isdisjoint(row.inputs.values())]
+
+    def _rows_of(self, name: str = "") -> Iterator[Row]:
+        """Yield the rows of sweeps; of one, with a seed or without, if it is named."""
+        for ident in self._index.current_of("sweep"):
+            sweep = self._index.execution(ident)
+            if name not in ("", sweep.item, sweep.item.rpartition("-")[0]):
+                continue
+            table = self.artifact(sweep_rows.table(sweep))
+            with suppress(MissingArtifact):  # its bytes are not here
+                yield from sweep_rows.rows(sweep, table.name, self.stored(table))
+
+    def registered(self, digests: Iterable[str]) -> "list[Version]":
+        """Return the versions of registered models that have some bytes.
+
+        Raises:
+            ServiceUnreachable: MLflow does not answer.
+        """
+        from flows import registry
+
+        wanted = set(digests)
+        return [version for version in registry.versions(self._root) if version.md5 in wanted]
+
     def _reached(self, start: str, *, weights_only: bool) -> Iterator[tuple[str, Execution]]:
         """Yield (digest, execution) of what was made from some bytes, directly or not."""
         seen = {start}
@@ -423,7 +476,7 @@ class Lineage:
         marks = {mark, self._index.weights(mark)[0]} - {""}
         for execution in self._outside.values():
             for name, used in execution.inputs.items():
-                if used in marks:
+                if used in marks and execution.command != sweep_rows.COMMAND:
                     yield execution, name
 
     def _is_current(self, mark: str) -> bool:
@@ -446,12 +499,14 @@ class Lineage:
 
     @cached_property
     def _outside(self) -> dict[str, Execution]:
-        """Return fingerprint -> how it was made, of models that were made outside the graph."""
-        found = {}
+        """Return digest -> how it was made, of models that were made outside the graph."""
+        found: dict[str, Execution] = {}
         for run in self.logged:
             if run["kind"] == "edit" and "operands" in run["recipe"]:
                 made = from_header(run["recipe"], run["path"])
                 found[run["recipe"]["fingerprint"]] = replace(made, run=_facts(run))
+            elif run["kind"] == "export":
+                found[run["sha256"]] = replace(exported(run), run=_facts(run))
         return found
 
 
@@ -473,6 +528,13 @@ def from_header(stated: dict[str, Any], name: str) -> Execution:
     kind = EDIT if "coefficients" in stated else MERGE
     command = f"{kind} {stated['expression']!r}"
     return Execution(command, operands, {name: stated["fingerprint"]}, {"": recipe})
+
+
+def exported(run: dict[str, Any]) -> Execution:
+    """Return how an export was made, as the log of runs says."""
+    source = {run["model"]: run["md5"] or run["fingerprint"]}
+    recipe = {"format": run["library"]}
+    return Execution(EXPORT, source, {run["path"]: run["sha256"]}, {"": recipe})
 
 
 def _facts(run: dict[str, Any]) -> dict[str, str]:

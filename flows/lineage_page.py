@@ -8,7 +8,8 @@ import networkx
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flows import retractions, trace
-from flows.lineage import KINDS, Artifact, Lineage
+from flows.lineage import KINDS, OUTSIDE, Artifact, Lineage
+from flows.trace import REGISTERED
 from taskvec.atomic import write_text
 
 SWEEPS = 6  # to and fro, until edges are short
@@ -59,11 +60,12 @@ def page(graph: networkx.DiGraph, center: str, title: str, retracted: dict[str, 
                 }
             )
     kinds = {node["kind"] for node in nodes}
+    known = [*KINDS.values(), *OUTSIDE.values(), REGISTERED, "file"]
     content = {
         "nodes": nodes,
         "edges": sorted(files.edges),
         "center": center,
-        "kinds": [kind for kind in [*KINDS.values(), "file"] if kind in kinds],
+        "kinds": [kind for kind in known if kind in kinds],
     }
     templates = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
@@ -108,6 +110,9 @@ def _files(graph: networkx.DiGraph) -> tuple[networkx.DiGraph, dict[str, str]]:
             )
         else:
             found.add_node(node)
+            found.add_edges_from(
+                (node, b) for b in graph.successors(node) if graph.nodes[b]["kind"] != "stage"
+            )
     return found, makers
 
 

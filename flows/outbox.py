@@ -20,6 +20,8 @@ A line is JSON; the fields of all events: ``before`` and ``sha256`` (the chain),
     progress  of, step, metrics
     end       of, status, outs, deps, headers, metrics, params
     edited    path, header, recipe, parents, metrics       a model outside the graph
+    exported  path, sha256, library, model, md5,           an edited model for others
+              fingerprint
     reaped    mlflow_run                                   another run, found dead
     close     status                                       the run
 """
@@ -49,6 +51,12 @@ CLOSED = "closed.json-lines"
 SENT = "sent.json-lines"
 KILLED = "KILLED"
 SAME_START_SECONDS = 2.0  # a clock that is set moves the start of every process
+
+# Event of something that no stage made -> its kind, and what is told of it.
+OUTSIDE = {
+    "edited": ("edit", ("path", "header", "parents", "metrics", "recipe")),
+    "exported": ("export", ("path", "sha256", "library", "model", "md5", "fingerprint")),
+}
 
 _HEAD = b'{"before":"'
 _TAIL = b',"sha256":"'
@@ -300,11 +308,11 @@ def marks(top: Path) -> dict[str, Mark]:
 def executions(top: Path) -> Iterator[dict[str, Any]]:
     """Yield what was executed in this checkout, the oldest run first. Imports nothing heavy.
 
-    Every one has ``kind`` ("stage" or "edit"), ``key`` (RUN/number), ``run``, ``status`` (RUNNING,
-    FINISHED, FAILED or KILLED), ``started`` and ``ended`` (seconds since the epoch, or None),
-    ``host``, ``pid``, ``user``, ``commit``, ``dirty`` ("True" or "False"), ``experiment`` (empty:
-    the repository's own), ``prefect_flow_run``, ``mlflow_parent`` and ``mlflow_run`` (ids; empty
-    while not sent).
+    Every one has ``kind`` ("stage", "edit" or "export"), ``key`` (RUN/number), ``run``, ``status``
+    (RUNNING, FINISHED, FAILED or KILLED), ``started`` and ``ended`` (seconds since the epoch, or
+    None), ``host``, ``pid``, ``user``, ``commit``, ``dirty`` ("True" or "False"), ``experiment``
+    (empty: the repository's own), ``prefect_flow_run``, ``mlflow_parent`` and ``mlflow_run`` (ids;
+    empty while not sent).
 
     A stage has ``stage`` (its address), ``name``, ``command``, ``how``, ``because``,
     ``prefect_task_run``, ``outs`` and ``deps`` (path, as in the lock file -> md5), ``made`` and
@@ -313,6 +321,9 @@ def executions(top: Path) -> Iterator[dict[str, Any]]:
     An edit has ``path`` (relative to the repository if it lies inside), ``header`` (what the file
     states of itself), ``recipe`` (what it was made of, and how), ``parents`` (fingerprints) and
     ``metrics``.
+
+    An export has ``path`` and ``sha256`` of its weights, ``library``, and ``model``, ``md5`` and
+    ``fingerprint`` of the edited model in it.
 
     Runs that were recorded before there was a log come from MLflow's own SQLite file; of their
     files only ``made`` and ``read`` are known.
@@ -331,7 +342,7 @@ def executions(top: Path) -> Iterator[dict[str, Any]]:
         context = {**summary["context"], "run": path.stem, "mlflow_parent": ids.get(0, "")}
         for item in summary["executions"]:
             key = f"{path.stem}/{item['number']}"
-            run = ids.get(0 if item.get("kind") == "edit" else item["number"], "")
+            run = ids.get(0 if "kind" in item else item["number"], "")
             yield {**_STAGE, **context, "key": key, "mlflow_run": run, **item}
 
 
@@ -415,16 +426,16 @@ def _summary(events: list[dict[str, Any]]) -> dict[str, Any]:
                     if "taskvec.fingerprint" in header
                 },
             }
-        elif event["event"] == "edited":
+        elif event["event"] in OUTSIDE:
+            kind, keys = OUTSIDE[event["event"]]
             found[number] = {
-                "kind": "edit",
+                "kind": kind,
                 "number": number,
                 "name": events[0]["name"],
                 "status": "FINISHED",
                 "started": events[0]["at"] / 1000,
                 "ended": event["at"] / 1000,
-                **{key: event[key] for key in ("path", "header", "parents", "metrics")},
-                "recipe": event.get("recipe", {}),
+                **{key: event.get(key, {}) for key in keys},
             }
     context = {name: tags.get(tag, "") for name, tag in CONTEXT.items()}
     return {"context": context, "executions": list(found.values())}

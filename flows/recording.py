@@ -165,6 +165,29 @@ class Tracker:
             metrics=dict(metrics),
         )
 
+    def exported(
+        self, weights: Path, sha256: str, library: str, model: str, md5: str, fingerprint: str
+    ) -> None:
+        """Record an edited model that was written for others.
+
+        Args:
+            weights: the file; somebody may move it at any time.
+            sha256: of its bytes.
+            library: that loads it.
+            model: the edited model in it; a path, or what else it is called.
+            md5: of the edited model; empty if no stage made it.
+            fingerprint: of the edited model.
+        """
+        self._append(
+            "exported",
+            path=str(weights),
+            sha256=sha256,
+            library=library,
+            model=model,
+            md5=md5,
+            fingerprint=fingerprint,
+        )
+
     def close(self, status: str) -> None:
         """End the log, and wait a few seconds for what is not sent yet."""
         if self._log is None or self._closed.is_set():

@@ -2,9 +2,11 @@
 
 import re
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flows.redaction import reason
 from flows.store import database, tracking_uri
@@ -14,6 +16,28 @@ from taskvec.errors import InvalidInput, MissingArtifact, ServiceUnreachable
 ADDRESS = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 DIGEST = "dvc.md5"  # the tag of a version that says which bytes it is
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model.
+
+    Attributes:
+        name: of the model.
+        number: of the version, from 1.
+        aliases: that point to it.
+        md5: of its bytes.
+    """
+
+    name: str
+    number: str
+    aliases: tuple[str, ...]
+    md5: str
+
+    @property
+    def address(self) -> str:
+        """What MLflow calls it."""
+        return f"models:/{self.name}/{self.number}"
 
 
 def check_alias(alias: str) -> None:
@@ -79,47 +103,84 @@ def register(
 def digest(root: Path, address: str) -> str:
     """Return the md5 that ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` means.
 
-    MLflow's own SQLite file is read directly, since importing mlflow takes seconds.
-
     Raises:
         InvalidInput: it is no such address.
         MissingArtifact: nothing is registered so, or not by `taskvec promote`.
+        ServiceUnreachable: MLflow does not answer.
     """
     match = ADDRESS.fullmatch(address)
     if not match:
         raise InvalidInput(f"{address!r}: expected models:/NAME@ALIAS or models:/NAME/VERSION")
-    name, alias, version = match.groups()
-    path = database(tracking_uri(root))
-    found = _asked(root, *match.groups()) if path is None else _read(path, name, alias, version)
-    if not found:
-        raise MissingArtifact(f"nothing that `taskvec promote` registered is called {address}")
-    return found
+    name, alias, number = match.groups()
+    for version in versions(root):
+        if version.name == name and (alias in version.aliases or number == version.number):
+            return version.md5
+    raise MissingArtifact(f"nothing that `taskvec promote` registered is called {address}")
 
 
-def _read(path: Path, name: str, alias: str | None, version: str | None) -> str:
+def versions(root: Path) -> list[Version]:
+    """Return what `taskvec promote` registered, by name and number.
+
+    Databases are read directly, since importing mlflow takes seconds; a server is asked.
+
+    Raises:
+        ServiceUnreachable: MLflow does not answer.
+    """
+    uri = tracking_uri(root)
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as opened:
-            if alias:
-                question = "SELECT version FROM registered_model_aliases WHERE name=? AND alias=?"
-                rows = opened.execute(question, (name, alias)).fetchall()
-                version = str(rows[0][0]) if rows else ""
-            rows = opened.execute(
-                "SELECT value FROM model_version_tags WHERE name=? AND version=? AND key=?",
-                (name, version, DIGEST),
-            ).fetchall()
-    except sqlite3.DatabaseError:
-        return ""
-    return str(rows[0][0]) if rows else ""
+        if (path := database(uri)) is not None:
+            found = _of_sqlite(path)
+        elif uri.startswith(("http:", "https:")):
+            found = list(_of_server(root))
+        else:
+            found = _of_database(uri)
+    except Exception as error:  # whatever drivers raise
+        raise ServiceUnreachable(
+            f"MLflow does not say which models are registered ({reason(error)}); start the "
+            "server, or set MLFLOW_TRACKING_URI"
+        ) from None
+    return sorted(found, key=lambda version: (version.name, int(version.number)))
 
 
-def _asked(root: Path, name: str, alias: str | None, version: str | None) -> str:
+def _of_sqlite(path: Path) -> list[Version]:
+    if not path.is_file():
+        return []
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as opened:
+        tables = opened.execute("SELECT name FROM sqlite_schema").fetchall()
+        if ("registered_model_aliases",) not in tables:  # MLflow has not finished creating it
+            return []
+        return _versions(lambda question: opened.execute(question).fetchall())
+
+
+def _of_database(uri: str) -> list[Version]:
+    from sqlalchemy import create_engine, text
+
+    engine = create_engine(uri)
+    try:
+        with engine.connect() as opened:
+            return _versions(lambda question: opened.execute(text(question)).fetchall())
+    finally:
+        engine.dispose()
+
+
+def _versions(ask: Callable[[str], Iterable[Any]]) -> list[Version]:
+    aliases: dict[tuple[str, str], list[str]] = {}
+    for name, alias, number in ask("SELECT name, alias, version FROM registered_model_aliases"):
+        aliases.setdefault((name, str(number)), []).append(alias)
+    rows = ask(f"SELECT name, version, value FROM model_version_tags WHERE key = '{DIGEST}'")
+    return [
+        Version(name, str(number), tuple(sorted(aliases.get((name, str(number)), ()))), md5)
+        for name, number, md5 in rows
+    ]
+
+
+def _of_server(root: Path) -> Iterator[Version]:
     client = Connection(root).client
-    try:
-        found = (
-            client.get_model_version_by_alias(name, alias)
-            if alias
-            else client.get_model_version(name, version)
-        )
-    except Exception:  # whatever MLflow raises: it is not there
-        return ""
-    return str(found.tags.get(DIGEST, ""))
+    for model in client.search_registered_models():
+        aliases: dict[str, list[str]] = {}
+        for alias, number in model.aliases.items():
+            aliases.setdefault(str(number), []).append(alias)
+        for item in client.search_model_versions(f"name = '{model.name}'"):
+            if md5 := item.tags.get(DIGEST):
+                number = str(item.version)
+                yield Version(model.name, number, tuple(sorted(aliases.get(number, ()))), md5)

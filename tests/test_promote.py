@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from flows import registry
 from flows.registry import check_alias
-from taskvec.errors import InvalidInput
+from taskvec.errors import InvalidInput, ServiceUnreachable
 from tests.project import Project
 
 pytestmark = pytest.mark.pipeline
@@ -61,6 +62,19 @@ def test_a_model_is_promoted_when_nothing_speaks_against_it(project: Project) ->
     assert project.taskvec("promote", "both", "--alias", "stable").code == 0
     assert registered(project, "stable")["version"] == found["version"]
 
+    # what contains a checkpoint is registered, whichever way MLflow's record is read
+    below = json.loads(project.taskvec("trace", "digits", "--down", "--json").out)
+    assert below["registered"] == [
+        {"address": "models:/both/1", "aliases": ["champion", "stable"], "path": MODEL,
+         "md5": found["tags"]["dvc.md5"]}
+    ]  # fmt: skip
+    edges = {(edge["source"], edge["target"]) for edge in below["graph"]["edges"]}
+    assert (found["tags"]["dvc.md5"], "models:/both/1") in edges
+    (version,) = registry.versions(project.root)
+    assert (version.name, version.number) == ("both", "1")
+    assert registry._of_database(f"sqlite+pysqlite:///{project.root}/mlflow.db") == [version]
+    assert list(registry._of_server(project.root)) == [version]
+
     # a damaged file, a retraction: refused, and what can be overridden is recorded
     vector = project.root / "data/vectors/digits-0.safetensors"
     content = bytearray(vector.read_bytes())
@@ -93,6 +107,18 @@ def test_an_artifact_is_rebuilt_bit_for_bit(project: Project) -> None:
     ).stdout
     assert after == before
     assert "tree" not in project.command("git", "worktree", "list").out.replace("worktree", "")
+
+
+def test_a_database_that_does_not_answer_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert registry.versions(tmp_path) == []  # nothing was recorded yet
+    (tmp_path / "mlflow.db").write_bytes(b"no database at all")
+    with pytest.raises(ServiceUnreachable, match="which models are registered"):
+        registry.versions(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite+pysqlite:////nowhere/mlflow.db")
+    with pytest.raises(ServiceUnreachable, match="MLFLOW_TRACKING_URI"):
+        registry.versions(tmp_path)
 
 
 @pytest.mark.parametrize("alias", ["", "v1", "latest", "a b", "x" * 65, "1st"])

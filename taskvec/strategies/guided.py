@@ -12,8 +12,8 @@ from taskvec.options import Count, Fraction
 from taskvec.search import Candidate, Choice, Coefficients, Level, Problem, combinations
 from taskvec.strategies.kriging import Floats, predicted
 
-PROBES = (0.5, 0.0, 1.0, 0.25, 0.75)  # places of a single coefficient in its range
-FEW = (0.5, 0.2, 0.8)
+PROBES = (0.5, 0.1, 0.9, 0.3, 0.7)  # places of a single coefficient in its range
+FEW = 3  # of them, if each is dear
 OUTER = (0.1, 0.9)  # of each of several coefficients, the others in the middle
 
 
@@ -32,9 +32,11 @@ class Expected(Candidate):
 def guided(problem: Problem, *, share: Fraction = 0.25, patience: Count = 6) -> None:
     """Evaluate points of the grid where the prediction is best, until the share is spent.
 
-    First some points spread over the ranges are asked on one chunk of each task. Then, time after
-    time, all points are predicted, the best one that is not evaluated yet (by the rules of the
-    search, constraint included) is evaluated completely, and the prediction learns from it.
+    First some points spread over the ranges are asked on one chunk of each task; with a constraint
+    the middle is evaluated completely instead, for a part of the items says too little about a
+    bound. Then, time after time, all points are predicted, the best one that is not evaluated yet
+    (by the rules of the search, constraint included) is evaluated completely, and the prediction
+    learns from it.
 
     Args:
         problem: any number of coefficients; only points of the grid are tried.
@@ -44,8 +46,9 @@ def guided(problem: Problem, *, share: Fraction = 0.25, patience: Count = 6) -> 
     limit = min(problem.limit, int(share * problem.grid_price))
     grid = _Grid(problem)
     for choice in problem.choices:
-        for place in grid.probes(limit):
-            problem.evaluate(grid.points[place], choice, 1)
+        for number, place in enumerate(grid.probes(limit)):
+            whole = number == 0 and problem.goal.constraint is not None
+            problem.evaluate(grid.points[place], choice, None if whole else 1)
     complete = [item for item in problem.candidates if item.complete]
     best = problem.chosen(complete) if complete else None
     waited = 0
@@ -80,7 +83,8 @@ class _Grid:
         if number == 1:
             price = sum(sizes[0] for sizes in self._problem.sizes.values())
             dear = len(PROBES) * price * len(self._problem.choices) > limit / 2
-            wanted = [np.array([x]) for x in (FEW if dear else PROBES)]
+            few = 1 if self._problem.goal.constraint else FEW if dear else len(PROBES)
+            wanted = [np.array([x]) for x in PROBES[:few]]
         else:
             wanted = [middle]
             for axis in range(number):
