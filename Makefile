@@ -6,8 +6,9 @@ READY := $(VENV)/.ready
 # DVC runs `python`: it must be the one of .venv.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo results studies test check soak mutate readme bench clean-data
+.PHONY: demo results studies test coverage check soak mutate readme bench clean-data
 
 demo: $(READY)  ## the default experiment, its table and its report
 	taskvec run
@@ -21,8 +22,10 @@ studies: $(READY)  ## the paper's image experiments on data below $TASKVEC_DATA,
 	python -m flows.studies
 
 test: check  ## everything that CI runs
-	python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-		--cov=taskvec --cov-report=term:skip-covered
+	python -m pytest -q $(PARALLEL)
+
+coverage: $(READY)  ## the tests, and which lines of taskvec/ they do not reach; half as long again
+	python -m pytest -q $(PARALLEL) --cov=taskvec --cov-report=term:skip-covered
 
 check: $(READY)  ## lint, types, import contracts, rendered files
 	ruff check .

@@ -54,6 +54,7 @@ def run(
         stale = [node for node in nodes if node.reasons]
         if not stale:
             _say(f"nothing to do: {len(nodes)} stages are up to date")
+            _tell_unsent(root)
             return
         from flows.edit_models import run_flow
         from flows.terminal import Terminal
@@ -475,6 +476,17 @@ def _origin_notes(stale: list["Node"]) -> list[str]:
     if any(node.stage == "pretrain" for node in stale):
         return ["the pre-trained model may change: every vector then gets a new origin"]
     return []
+
+
+def _tell_unsent(root: Path) -> None:
+    """Close the logs of killed runs, and say which wait to be sent: that takes seconds."""
+    from flows import outbox
+    from tasks.artifacts import Artifacts
+
+    top = Artifacts(root).top
+    outbox.settle(top)
+    if runs := outbox.unsent(top):
+        _say(f"runs not sent to MLflow yet: {len(runs)}; `taskvec backfill` sends them")
 
 
 def _retraction_notes() -> list[str]:

@@ -12,6 +12,7 @@ What `dvc repro` would leave is left here byte for byte: see tests/test_pipeline
 """
 
 import json
+import logging
 import os
 import threading
 import time
@@ -36,6 +37,8 @@ from dvc.utils.serialize import dumps_yaml, load_path, load_yaml
 from tasks.artifacts import Artifacts
 from taskvec.atomic import write_text
 from taskvec.errors import InvalidInput, TaskvecError, nearest
+
+logging.getLogger("dvc").setLevel(logging.WARNING)  # what happens is told by the flow
 
 
 @dataclass(frozen=True)

@@ -506,7 +506,7 @@ class Lineage:
                 made = from_header(run["recipe"], run["path"])
                 found[run["recipe"]["fingerprint"]] = replace(made, run=_facts(run))
             elif run["kind"] == "export":
-                found[run["sha256"]] = replace(exported(run), run=_facts(run))
+                found[run["digest"]] = replace(exported(run), run=_facts(run))
         return found
 
 
@@ -534,7 +534,7 @@ def exported(run: dict[str, Any]) -> Execution:
     """Return how an export was made, as the log of runs says."""
     source = {run["model"]: run["md5"] or run["fingerprint"]}
     recipe = {"format": run["library"]}
-    return Execution(EXPORT, source, {run["path"]: run["sha256"]}, {"": recipe})
+    return Execution(EXPORT, source, {run["path"]: run["digest"]}, {"": recipe})
 
 
 def _facts(run: dict[str, Any]) -> dict[str, str]:

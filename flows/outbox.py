@@ -20,7 +20,7 @@ A line is JSON; the fields of all events: ``before`` and ``sha256`` (the chain),
     progress  of, step, metrics
     end       of, status, outs, deps, headers, metrics, params
     edited    path, header, recipe, parents, metrics       a model outside the graph
-    exported  path, sha256, library, model, md5,           an edited model for others
+    exported  path, digest, library, model, md5,           an edited model for others
               fingerprint
     reaped    mlflow_run                                   another run, found dead
     close     status                                       the run
@@ -55,7 +55,7 @@ SAME_START_SECONDS = 2.0  # a clock that is set moves the start of every process
 # Event of something that no stage made -> its kind, and what is told of it.
 OUTSIDE = {
     "edited": ("edit", ("path", "header", "parents", "metrics", "recipe")),
-    "exported": ("export", ("path", "sha256", "library", "model", "md5", "fingerprint")),
+    "exported": ("export", ("path", "digest", "library", "model", "md5", "fingerprint")),
 }
 
 _HEAD = b'{"before":"'
@@ -305,6 +305,16 @@ def marks(top: Path) -> dict[str, Mark]:
     return found
 
 
+def unsent(top: Path) -> list[str]:
+    """Return the runs whose logs have ended and were not sent up to their end, the oldest first."""
+    sent, ended = marks(top), closed(top)
+    return [
+        path.stem
+        for path in logs(top)
+        if path.stem in ended and not sent.get(path.stem, Mark()).done
+    ]
+
+
 def executions(top: Path) -> Iterator[dict[str, Any]]:
     """Yield what was executed in this checkout, the oldest run first. Imports nothing heavy.
 
@@ -322,8 +332,8 @@ def executions(top: Path) -> Iterator[dict[str, Any]]:
     states of itself), ``recipe`` (what it was made of, and how), ``parents`` (fingerprints) and
     ``metrics``.
 
-    An export has ``path`` and ``sha256`` of its weights, ``library``, and ``model``, ``md5`` and
-    ``fingerprint`` of the edited model in it.
+    An export has ``path`` and ``digest`` (sha256) of its weights, ``library``, and ``model``,
+    ``md5`` and ``fingerprint`` of the edited model in it.
 
     Runs that were recorded before there was a log come from MLflow's own SQLite file; of their
     files only ``made`` and ``read`` are known.
@@ -443,6 +453,7 @@ def _summary(events: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _line(content: Mapping[str, Any], before: str) -> tuple[bytes, str]:
     """Return a line of a log and its digest."""
+    assert not content.keys() & {"before", "sha256"}, "fields of the chain"
     body = json.dumps({"before": before, **content}, separators=(",", ":")).encode()
     digest = hashlib.sha256(body).hexdigest()
     return body[:-1] + _TAIL + digest.encode() + b'"}\n', digest

@@ -166,13 +166,13 @@ class Tracker:
         )
 
     def exported(
-        self, weights: Path, sha256: str, library: str, model: str, md5: str, fingerprint: str
+        self, weights: Path, digest: str, library: str, model: str, md5: str, fingerprint: str
     ) -> None:
         """Record an edited model that was written for others.
 
         Args:
             weights: the file; somebody may move it at any time.
-            sha256: of its bytes.
+            digest: sha256 of its bytes.
             library: that loads it.
             model: the edited model in it; a path, or what else it is called.
             md5: of the edited model; empty if no stage made it.
@@ -181,7 +181,7 @@ class Tracker:
         self._append(
             "exported",
             path=str(weights),
-            sha256=sha256,
+            digest=digest,
             library=library,
             model=model,
             md5=md5,

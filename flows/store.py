@@ -2,7 +2,7 @@
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -79,22 +79,6 @@ def recorded_before(top: Path) -> Iterator[dict[str, Any]]:
                 "mlflow_run": run,
                 "mlflow_parent": parent,
             }
-
-
-def tags(top: Path, runs: Iterable[str]) -> dict[str, dict[str, str]] | None:
-    """Return run -> its tags in the repository's own SQLite file; None if there is no such file."""
-    path = top / "mlflow.db"
-    if not path.is_file():
-        return None
-    found: dict[str, dict[str, str]] = {}
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as opened:
-            for run in runs:
-                rows = opened.execute("SELECT key, value FROM tags WHERE run_uuid = ?", (run,))
-                found[run] = dict(rows.fetchall())
-    except sqlite3.DatabaseError:
-        return None
-    return found
 
 
 def content(root: Path, name: str, md5: str) -> Path | None:

@@ -423,7 +423,7 @@ class Delivery:
         from mlflow.entities import RunTag
 
         run = self.mark.ids[0]
-        tags = {key: event[key] for key in ("path", "sha256", "library")}
+        tags = {key: event[key] for key in ("path", "digest", "library")}
         with _lenient():
             self.connection.client.log_batch(
                 run, tags=[RunTag(f"export.{key}", value[:LONGEST]) for key, value in tags.items()]

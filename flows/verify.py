@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flows import outbox, store
+from flows import mlflow_rows, outbox
 from flows.index import header
 from flows.lineage import Artifact, Lineage
 from flows.records import Execution, Records, chunks, digest_of_entry, md5_of, parsed
-from flows.tracking import digest_tags
 from taskvec.atomic import sync
 from taskvec.errors import InvalidInput
 
@@ -189,30 +188,17 @@ def _bad_logs(top: Path) -> Iterator[Finding]:
 
 
 def _bad_runs(lineage: Lineage, chain: Iterable[Execution]) -> Iterator[Finding]:
-    """Yield where MLflow's own file says something else than the log of runs.
-
-    Runs that were sent elsewhere, to a server, are left alone: this works offline.
-    """
-    sent = outbox.marks(lineage.top)
+    """Yield where MLflow's own file says something else than the log of runs."""
     wanted = {md5 for one in chain for md5 in one.outputs.values()}
+    damaged = outbox.damages(lineage.top)
     runs = [
         run
         for run in lineage.logged
         if run["kind"] == "stage" and run["outs"] and wanted & set(run["made"])
-        and run["mlflow_run"] and sent[run["run"]].store == store.OWN
+        and run["run"] not in damaged
     ]  # fmt: skip
-    known = store.tags(lineage.top, [run["mlflow_run"] for run in runs])
-    if known is None:
-        return
-    for run in runs:
-        expected = {"dvc.stage": run["stage"], **digest_tags(run["outs"], run["deps"])}
-        found = known.get(run["mlflow_run"], {})
-        for tag, value in expected.items():
-            if found.get(tag) != value:
-                node = f"MLflow run {run['mlflow_run']} ({run['stage']})"
-                problem = f"its tag {tag} is not what the log of runs says"
-                yield Finding(node, problem, ANEW)
-                break
+    for node, problem in mlflow_rows.changed(lineage.top, runs):
+        yield Finding(node, problem, ANEW)
 
 
 def _unconfirmed(lineage: Lineage, records: Records, one: Execution) -> Iterator[Finding]:

@@ -9,11 +9,12 @@ import json
 import os
 import random
 import shutil
+import sqlite3
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ STATE = ROOT / ".taskvec" / "soak.json"
 PAGE = ROOT / "docs" / "reliability.md"
 DAMAGES = ("bit", "page", "cut", "swap")
 DIGITS = tuple(bytes([digit]) for digit in b"0123456789")
-MUTATIONS = ("digest", "parameter", "command", "drop", "log", "header")
+MUTATIONS = ("digest", "parameter", "command", "drop", "log", "header", "row")
 Trial = Callable[[random.Random], str]  # what went wrong; empty if nothing did
 
 
@@ -59,7 +60,7 @@ ROWS = {
         ),
         Row(
             "records",
-            "an edit of a lock entry, of the log of runs or of a header",
+            "an edit of a lock entry, of the log of runs, of a header or of MLflow's rows",
             "`verify` names the entry",
             1000,
         ),
@@ -206,6 +207,8 @@ def mutated(root: Path, draw: random.Random) -> str:
     how = draw.choice(MUTATIONS)
     if how == "log":
         target = draw.choice(outbox.logs(root))
+    elif how == "row":
+        return _row_changed(root, draw)
     elif how == "header":
         target = draw.choice(sorted((root / "data").glob("*/*.safetensors")))
     else:
@@ -221,6 +224,41 @@ def mutated(root: Path, draw: random.Random) -> str:
         return "" if found.findings else f"{how} in {target.name} was not found"
     finally:
         _write(target, before)
+
+
+def _row_changed(root: Path, draw: random.Random) -> str:
+    """Change or remove a row that MLflow holds of a stage, and see whether `verify` says so."""
+    path = root / "mlflow.db"
+    before = path.read_bytes()
+    stages = "SELECT run_uuid FROM tags WHERE key = 'dvc.stage'"
+    models = f"SELECT model_id FROM logged_models WHERE source_run_id IN ({stages})"
+    table, value, where = draw.choice(
+        [
+            ("tags", "value", "key IN ('dvc.stage', 'dvc.outs', 'dvc.deps')"),
+            ("params", "value", f"run_uuid IN ({stages})"),
+            ("metrics", "value", f"run_uuid IN ({stages})"),
+            ("runs", "status", f"run_uuid IN ({stages})"),
+            (
+                "logged_model_tags",
+                "tag_value",
+                f"model_id IN ({models}) AND (tag_key LIKE 'dvc.%' OR tag_key LIKE 'taskvec.%')",
+            ),
+        ]
+    )
+    with closing(sqlite3.connect(path)) as opened, opened:
+        rows = opened.execute(f"SELECT rowid, {value} FROM {table} WHERE {where}").fetchall()
+        row, old = draw.choice(rows)
+        if draw.random() < 0.2:
+            opened.execute(f"DELETE FROM {table} WHERE rowid = ?", (row,))
+        else:
+            new = old + 0.25 if table == "metrics" else f"x{old}"
+            opened.execute(f"UPDATE {table} SET {value} = ? WHERE rowid = ?", (new, row))
+    try:
+        with Lineage(root) as lineage:
+            found = verify.verify(lineage)
+        return "" if found.findings else f"{old!r} in {table} was not found"
+    finally:
+        _write(path, before)
 
 
 def _mutation(content: bytes, how: str, draw: random.Random) -> bytes:

@@ -18,7 +18,7 @@ def test_damaged_objects_are_named(project: Project) -> None:
 
 
 def test_edited_records_are_named(project: Project) -> None:
-    assert [mutated(project.root, random.Random(seed)) for seed in range(30)] == [""] * 30
+    assert [mutated(project.root, random.Random(seed)) for seed in range(35)] == [""] * 35
     with Lineage(project.root) as lineage:
         assert clean(lineage, random.Random(0)) == ""  # everything was put back
 
@@ -33,4 +33,4 @@ def test_damage_changes_a_file(how: str) -> None:
 def test_the_page_adds_up() -> None:
     text = page({"bytes": {"trials": 7, "failures": ["3: x"]}})
     assert "| 7 of 2000 | 1 |" in text
-    assert text.count("\n| ") == 1 + len(ROWS) and len(MUTATIONS) == 6
+    assert text.count("\n| ") == 1 + len(ROWS) and len(MUTATIONS) == 7

@@ -1,12 +1,15 @@
 """Edits outside params.yaml, similarity, and where such models came from."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from flows import editing
 from taskvec import headers
+from taskvec.errors import InvalidInput
 from taskvec.vectors import TaskVector
 from tests.project import Project
 
@@ -87,27 +90,26 @@ def test_without_coefficients_that_move_the_edit_is_the_pre_trained_model(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("expression", "at", "tasks", "split", "said"),
     [
-        (["c * digits"], "neither a task nor a coefficient"),
-        (["c * digits", "--at", "c=x"], "expected a coefficient and a number"),
-        (["c * digits", "--at", "c=nan"], "expected a coefficient and a number"),
-        (["c * digits", "--at", "c=1", "--at", "c=2"], "twice"),
-        (["c * digits", "--at", "c=1,d=2"], "the coefficients c; values are given for c, d"),
-        (["c * digist", "--at", "c=1"], "did you mean 'digits'"),
-        (["c * ties(digits, density=[0.1, 0.2])", "--at", "c=1"], "has 2 values"),
-        (["c * digits", "--at", "c=1", "--task", "mnist"], "unknown task 'mnist'"),
-        (["c * digits", "--at", "c=1", "--evaluate", "--split", "train"], "validation or test"),
+        ("c * digits", "", None, "validation", "neither a task nor a coefficient"),
+        ("c * digits", "c=x", None, "validation", "expected a coefficient and a number"),
+        ("c * digits", "c=nan", None, "validation", "expected a coefficient and a number"),
+        ("c * digits", "c=1 c=2", None, "validation", "twice"),
+        ("c * digits", "c=1,d=2", None, "validation", "values are given for c, d"),
+        ("c * digist", "c=1", None, "validation", "did you mean 'digits'"),
+        ("c * ties(digits, density=[0.1, 0.2])", "c=1", None, "validation", "has 2 values"),
+        ("c * digits", "c=1", ["mnist"], "validation", "unknown task 'mnist'"),
+        ("c * digits", "c=1", [], "train", "validation or test"),
     ],
 )
 def test_a_wrong_edit_is_refused_before_anything_is_written(
-    finished: Project, tmp_path: Path, words: list[str], said: str
-) -> None:
+    finished: Project, tmp_path: Path, expression: str, at: str, tasks: list[str] | None,
+    split: str, said: str,
+) -> None:  # fmt: skip
     out = tmp_path / "model.safetensors"
-    done = finished.taskvec("edit", *words, "--out", str(out))
-    assert done.code == 3
-    assert said in done.err
-    assert "Traceback" not in done.err
+    with pytest.raises(InvalidInput, match=re.escape(said)):
+        editing.edit(finished.root, expression, at.split(), out, None, tasks, split)
     assert not list(tmp_path.iterdir())
 
 
@@ -115,6 +117,7 @@ def test_an_edit_does_not_overwrite_what_belongs_to_stages(finished: Project) ->
     for out in ("data/vectors/digits-0.safetensors", "model.pt"):
         done = finished.taskvec("edit", "digits", "--out", out)
         assert done.code == 3, out
+        assert "Traceback" not in done.err
     assert not finished.stale()
 
 

@@ -579,6 +579,7 @@ def test_an_edit_of_a_finished_run_is_exported_with_its_results(
     assert went["path"] == str(out / "model.safetensors")
     digest = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
     assert went["digest"] == digest
+    assert "not sent to MLflow yet: 1; `taskvec backfill`" in project.taskvec("run").err
     chain = json.loads(project.taskvec("trace", digest, "--json").out)["chain"]
     assert [link["stage"] for link in chain[:2]] == ["taskvec export", "search-both-0"]
     found_ = statement(out)["predicate"]["buildDefinition"]["resolvedDependencies"]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flows import outbox
-from flows.outbox import Log, broken, damages, executions, logs, settle
+from flows.outbox import Log, broken, damages, executions, logs, settle, unsent
 from flows.redaction import cleaned, reason, redacted, without_user
 from flows.store import tracking_uri
 from tests.project import ROOT
@@ -199,6 +199,9 @@ def test_the_log_of_a_killed_run_is_closed_by_the_next_and_that_of_a_live_one_is
         process.kill()
     assert settle(tmp_path) == [path.stem]
     assert settle(tmp_path) == []
+    assert unsent(tmp_path) == [path.stem]
+    outbox.note(tmp_path, path.stem, outbox.Mark(store="own", lines=9, done=True))
+    assert unsent(tmp_path) == []
     (item,) = executions(tmp_path)
     assert item["status"] == "KILLED"
     assert [event["status"] for event, _ in outbox.read(path)[-2:]] == ["KILLED", "KILLED"]

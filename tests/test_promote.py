@@ -8,23 +8,14 @@ from typing import Any
 import pytest
 
 from flows import registry
+from flows.promote import promote
 from flows.registry import check_alias
-from taskvec.errors import InvalidInput, ServiceUnreachable
+from flows.tracking import Connection
+from taskvec.errors import GateClosed, InvalidInput, ServiceUnreachable
 from tests.project import Project
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.filterwarnings("ignore:The ``noload``")]
 MODEL = "data/edits/both-0/model.safetensors"
-READ = """
-import json, sys
-from pathlib import Path
-from flows.tracking import Connection
-client = Connection(Path.cwd()).client
-version = client.get_model_version_by_alias("both", sys.argv[1])
-run = client.get_run(version.run_id)
-models = [client.get_logged_model(item.model_id) for item in run.inputs.model_inputs]
-print(json.dumps({"version": version.version, "tags": version.tags,
-                  "parents": sorted(model.tags["dvc.path"] for model in models)}))
-"""
 
 
 def commit(project: Project) -> None:
@@ -33,8 +24,12 @@ def commit(project: Project) -> None:
 
 
 def registered(project: Project, alias: str) -> Any:
-    done = project.command("python", "-W", "ignore", "-c", READ, alias)
-    return json.loads(done.out.splitlines()[-1])
+    client = Connection(project.root).client
+    version = client.get_model_version_by_alias("both", alias)
+    run = client.get_run(version.run_id)
+    models = [client.get_logged_model(item.model_id) for item in run.inputs.model_inputs]
+    parents = sorted(model.tags["dvc.path"] for model in models)
+    return {"version": version.version, "tags": version.tags, "parents": parents}
 
 
 def test_a_model_is_promoted_when_nothing_speaks_against_it(project: Project) -> None:
@@ -59,7 +54,7 @@ def test_a_model_is_promoted_when_nothing_speaks_against_it(project: Project) ->
         assert (traced["path"], traced["md5"]) == (MODEL, found["tags"]["dvc.md5"])
     assert project.taskvec("trace", "models:/both@nobody").code == 5
     # the same bytes are one version; another alias points to it as well
-    assert project.taskvec("promote", "both", "--alias", "stable").code == 0
+    promote(project.root, "both", "stable")
     assert registered(project, "stable")["version"] == found["version"]
 
     # what contains a checkpoint is registered, whichever way MLflow's record is read
@@ -81,15 +76,14 @@ def test_a_model_is_promoted_when_nothing_speaks_against_it(project: Project) ->
     content[-3] ^= 1
     vector.chmod(0o644)
     vector.write_bytes(content)
-    damaged = project.taskvec("promote", "both", "--alias", "champion")
-    assert damaged.code == 8 and "digits-0.safetensors" in damaged.err
-    forced = project.taskvec("promote", "both", "--alias", "risky", "--override", "only a test")
-    assert forced.code == 0, forced.err
+    with pytest.raises(GateClosed, match=r"digits-0\.safetensors"):
+        promote(project.root, "both", "champion")
+    promote(project.root, "both", "risky", override="only a test")
     tags = registered(project, "risky")["tags"]
     assert tags["override"] == "only a test" and "digits-0" in tags["overridden"]
     assert project.taskvec("retract", "faces", "--why", "its labels are wrong").code == 0
-    retracted = project.taskvec("promote", "both", "--alias", "champion", "--override", "please")
-    assert retracted.code == 8 and "its labels are wrong" in retracted.err
+    with pytest.raises(GateClosed, match="its labels are wrong"):
+        promote(project.root, "both", "champion", override="please")
 
 
 def test_an_artifact_is_rebuilt_bit_for_bit(project: Project) -> None:
