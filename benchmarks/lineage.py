@@ -16,11 +16,14 @@ from typing import Any
 from dvc.stage.cache import _get_cache_hash
 from dvc.utils.serialize import dumps_yaml
 
+from benchmarks import postgres
 from benchmarks.measuring import Times, conditions, interleave, ratio, table, timed, verdict
+from benchmarks.mlflow_runs import ALIAS, EDIT, fill
 from flows import verify
 from flows.lineage import Lineage
 from flows.outbox import Log
 from flows.records import md5_of
+from flows.store import tracking_uri
 from taskvec import checkpoints
 from tests.project import Project
 
@@ -31,6 +34,7 @@ TARGET = 1.0  # second
 BYTES = 1 << 30  # that `verify` reads
 QUICK_BYTES = 1 << 22
 VERIFY_TARGET = 1.0  # GB/s
+POSTGRES = ", PostgreSQL"
 BEFORE, AFTER = "status, without lineage", "status, with lineage"
 
 
@@ -43,16 +47,28 @@ def measure(*, quick: bool) -> str:
         project = Project.create(Path(name) / "checkout", {})
         empty = interleave({BEFORE: _command(project, "status")}, rounds)
         model = record(project.root, number)
+        fill(project.root, tracking_uri(project.root), number, model)
         first = timed(lambda: Lineage(project.root).find(model))
-        ways = {
-            "trace of a model": _command(project, "trace", model),
-            "trace --down of a checkpoint": _command(project, "trace", "task_0-0", "--down"),
-            "why": _command(project, "why", "prepare@digits"),
-            AFTER: _command(project, "status"),
-        }
-        times = interleave(ways, rounds)
+        times = interleave(
+            {**_questions(project, model), AFTER: _command(project, "status")}, rounds
+        )
+        with postgres.running() as uri:
+            if uri:
+                fill(project.root, uri, number, model)
+                other = Project(project.root, {"MLFLOW_TRACKING_URI": uri})
+                found = interleave(_questions(other, model), rounds)
+                times |= {f"{name}{POSTGRES}": value for name, value in found.items()}
         speed = _verify(project, QUICK_BYTES if quick else BYTES, rounds)
     return _section(load, number, first, {**empty, **times}, speed)
+
+
+def _questions(project: Project, model: str) -> dict[str, Callable[[], None]]:
+    return {
+        "trace of a model": _command(project, "trace", model),
+        "trace of a registered name": _command(project, "trace", f"models:/{EDIT}@{ALIAS}"),
+        "trace --down of a checkpoint": _command(project, "trace", "task_0-0", "--down"),
+        "why": _command(project, "why", "prepare@digits"),
+    }
 
 
 def record(root: Path, number: int) -> str:
@@ -204,7 +220,9 @@ def _section(
             "## Lineage",
             conditions(load, ("dvc",)),
             f"A repository with {number:,} recorded executions in DVC's run cache and in the log "
-            "of runs. Times of whole processes in seconds, median (lowest to highest).",
+            f"of runs, and as many runs in MLflow's database: its SQLite file, or PostgreSQL. "
+            "Times of whole processes in seconds, median (lowest to highest)."
+            + ("" if any(POSTGRES in name for name in times) else " PostgreSQL is not installed."),
             table(["question", "seconds", "seconds, target"], rows),
             f"The first question builds the index: {first:.0f} s, once. `taskvec status` takes "
             f"{times[AFTER].cell()} s there and {times[BEFORE].cell()} s in the same repository "

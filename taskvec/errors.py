@@ -14,7 +14,8 @@ TaskvecError (1)
 ├── GateClosed (8)              a checkpoint or test data is not to be trusted
 └── Interrupted (130, 143)      Ctrl-C or SIGTERM
 
-A message says what was found, what was expected and what to do.
+A message says what was found, what was expected and what to do. Exit code 4 is no error but an
+answer: what `verify` or `reproduce` looked at is not what the record says.
 """
 
 from collections.abc import Iterable

@@ -52,6 +52,13 @@ edits:
     evaluate: [digits, faces]
 """
 
+# Secrets that every command finds in its environment and in a file, and must write nowhere.
+CANARY = "canary-8f2b61d07c"
+SECRETS = {
+    name: f"{CANARY}-{name.lower()}"
+    for name in ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY")
+}
+
 # What an experiment may have beside tasks and edits.
 STUDY = """
 variants:
@@ -114,6 +121,7 @@ class Project:
             source = json.dumps(committed[task]["data"]["source"])
             text = text.replace(f"SOURCE_{task.upper()}", source)
         (root / "params.yaml").write_text(text)
+        (root / ".env").write_text("".join(f"{name}={value}\n" for name, value in SECRETS.items()))
         project = cls(root, server)
         project.command("git", "init", "-q")
         project.command("git", "add", "-A")
@@ -135,6 +143,7 @@ class Project:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(self.root),
             "PYTHONDONTWRITEBYTECODE": "1",
+            **SECRETS,
             **self.server,
         }
 
@@ -156,6 +165,7 @@ class Project:
             text=True,
             timeout=500,
         )
+        assert CANARY not in done.stdout + done.stderr, words
         return result(done.returncode, done.stdout, done.stderr)
 
     def taskvec(self, *arguments: str) -> Result:

@@ -16,7 +16,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows.records import chunks
-from tests.project import ALL, Project, result
+from tests.project import ALL, CANARY, Project, result
 
 pytestmark = pytest.mark.pipeline
 
@@ -203,6 +203,8 @@ def test_a_run_can_be_watched_not_doubled_and_stopped_and_the_next_goes_on(
 
     wait_until(loss_of_a_running_stage, seconds=120)
     assert driver.poll() is None
+    running = psutil.Process(driver.pid).children(recursive=True)
+    assert running and not any(CANARY in " ".join(_command(process)) for process in running)
     started = time.monotonic()
     os.killpg(driver.pid, signal.SIGINT)
     _, errors = driver.communicate(timeout=60)
@@ -309,6 +311,14 @@ anyio.run(main)
     for name in ("pretrained", "digits-0"):
         assert ("asset", f"dvc://{project}/data/checkpoints/{name}.safetensors") in roles
     assert {"flow-run", "task-run"} <= {role for role, _ in roles}
+
+
+def test_no_secret_of_the_environment_is_written_anywhere(finished: Project) -> None:
+    places = [finished.root, Path(finished.server["PREFECT_HOME"])]
+    files = [path for place in places for path in place.rglob("*") if path.is_file()]
+    assert {"mlflow.db", "dvc.lock", "prefect.db"} <= {path.name for path in files}
+    found = [path for path in files if CANARY.encode() in path.read_bytes()]
+    assert found == [finished.root / ".env"]
 
 
 def test_trace_leads_from_an_edited_model_back_to_the_data(finished: Project) -> None:

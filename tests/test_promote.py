@@ -1,6 +1,7 @@
 """Promotion: what speaks against it, what an override leaves, and what a registered name means."""
 
 import json
+import random
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from flows.registry import check_alias
 from flows.tracking import Connection
 from taskvec.errors import GateClosed, InvalidInput, ServiceUnreachable
 from tests.project import Project
+from tests.soak import rebuilt
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.filterwarnings("ignore:The ``noload``")]
 MODEL = "data/edits/both-0/model.safetensors"
@@ -113,6 +115,11 @@ def test_a_database_that_does_not_answer_is_told(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite+pysqlite:////nowhere/mlflow.db")
     with pytest.raises(ServiceUnreachable, match="MLFLOW_TRACKING_URI"):
         registry.versions(tmp_path)
+
+
+def test_other_circumstances_give_the_same_bits(project: Project) -> None:
+    commit(project)
+    assert rebuilt(project, random.Random(1), "digits") == ""
 
 
 @pytest.mark.parametrize("alias", ["", "v1", "latest", "a b", "x" * 65, "1st"])
