@@ -1,5 +1,6 @@
 """`taskvec`: the command line. Imports what a command needs and no more."""
 
+import gc
 import json
 import os
 import sys
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from flows.dag import Dag, Node
     from flows.edit_models import Outcome
     from flows.lineage import Lineage
+
+OBJECTS = 50_000  # new ones between collections, which else take a sixth of the time of a question
 
 app = typer.Typer(
     name="taskvec",
@@ -388,6 +391,7 @@ def ui() -> None:
 
 def main() -> None:
     """Run the command line; errors become one message and an exit code."""
+    gc.set_threshold(OBJECTS)
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

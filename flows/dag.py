@@ -104,7 +104,8 @@ class Dag:
         try:
             self._repo = Repo(str(root), _wait_for_lock=True)
             self._graph = get_active_graph(self._repo.index.graph)
-            main = self._repo.stage.collect(str(root / "dvc.yaml"))
+            # `Repo.stage.collect` would read the files a second time
+            main = [s for s in self._repo.index.stages if Path(s.path) == root / "dvc.yaml"]
         except DvcException as error:
             raise InvalidInput(f"DVC cannot load the graph: {_flat(error)}") from None
         self._stages = {self._address(stage): stage for stage in self._graph}

@@ -208,13 +208,13 @@ class Index:
 
     def _refresh_run_cache(self, known: dict[str, str]) -> None:
         present = set()
-        for path in self._records.run_cache():
-            source = f"run cache {path.parent.name}/{path.name}"
+        for name in self._records.run_cache():
+            source = f"run cache {name}"
             present.add(source)
             if source not in known:
                 with suppress(OSError):
                     self._mark(source, "")
-                    self._record(source, [("", path.read_text())])
+                    self._record(source, [("", self._records.remembered(name).read_text())])
         for source in known:
             if source.startswith("run cache ") and source not in present:
                 self._forget(source)

@@ -173,21 +173,27 @@ class Records:
         """Return a lock file at a git revision; empty if there was none."""
         return self.git("show", f"{revision}:{lock}")
 
+    @cached_property
     def cache(self) -> Path:
-        """Return DVC's cache directory."""
+        """DVC's cache directory."""
         config = ConfigParser(interpolation=None, strict=False)
         config.read([self.top / ".dvc" / name for name in ("config", "config.local")])
         return self.top / ".dvc" / config.get("cache", "dir", fallback="cache").strip('"')
 
     def cached(self, md5: str) -> Path:
         """Return where a file lies in DVC's cache, if it does."""
-        return self.cache() / "files" / "md5" / md5[:2] / md5[2:]
+        return self.cache / "files" / "md5" / md5[:2] / md5[2:]
 
-    def run_cache(self) -> Iterator[Path]:
-        """Yield every execution that DVC remembers, committed or not."""
-        for first in _entries(self.cache() / "runs"):
+    def run_cache(self) -> Iterator[str]:
+        """Yield ``KEY/VALUE`` of every execution that DVC remembers, committed or not."""
+        for first in _entries(self.cache / "runs"):
             for key in _entries(first):
-                yield from (Path(path) for path in _entries(key) if not path.endswith(".tmp"))
+                start = len(first) + 1
+                yield from (path[start:] for path in _entries(key) if not path.endswith(".tmp"))
+
+    def remembered(self, name: str) -> Path:
+        """Return the file of an execution that is named as in `run_cache`."""
+        return self.cache / "runs" / name[:2] / name
 
     def refs(self) -> str:
         """Return a digest of what git has: it changes with every commit."""

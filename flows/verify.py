@@ -209,9 +209,9 @@ def _unconfirmed(lineage: Lineage, records: Records, one: Execution) -> Iterator
         return
     for source in sources:
         if source.startswith("run cache "):
-            key, _, value = source.removeprefix("run cache ").partition("/")
-            path = records.cache() / "runs" / key[:2] / key / value
-            if path.is_file() and digest_of_entry(path.read_text()) == value:
+            name = source.removeprefix("run cache ")
+            path = records.remembered(name)
+            if path.is_file() and digest_of_entry(path.read_text()) == path.name:
                 return
     stage = lineage.stage(one)
     yield Finding(

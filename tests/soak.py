@@ -258,7 +258,13 @@ def _row_changed(root: Path, draw: random.Random) -> str:
         if draw.random() < 0.2:
             opened.execute(f"DELETE FROM {table} WHERE rowid = ?", (row,))
         else:
-            new = old + 0.25 if table == "metrics" else f"x{old}"
+            match table:
+                case "metrics":
+                    new = old + 0.25
+                case "runs":
+                    new = "SCHEDULED"
+                case _:
+                    new = f"x{old}"
             opened.execute(f"UPDATE {table} SET {value} = ? WHERE rowid = ?", (new, row))
     try:
         with Lineage(root) as lineage:

@@ -143,7 +143,7 @@ def test_what_nobody_made_is_not_found(lineage: Lineage, name: str) -> None:
 
 def test_a_beginning_of_several_digests_is_refused(lineage: Lineage) -> None:
     digests = {md5 for e in lineage.recorded() for md5 in e.outputs.values()}
-    first = lineage.records.cache() / "files" / "md5"
+    first = lineage.records.cache / "files" / "md5"
     assert digests and first.is_dir()
     with pytest.raises(MissingArtifact):
         lineage.find("zz")

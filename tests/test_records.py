@@ -122,10 +122,10 @@ def test_weights_are_told_from_other_files(path: str, expected: bool) -> None:
 
 
 def test_the_cache_lies_where_the_configuration_says(tmp_path: Path) -> None:
-    assert Records(tmp_path).cache() == tmp_path / ".dvc" / "cache"
+    assert Records(tmp_path).cache == tmp_path / ".dvc" / "cache"
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc" / "config").write_text("[cache]\n    dir = ../elsewhere\n")
-    assert Records(tmp_path).cache().resolve() == tmp_path / "elsewhere"
+    assert Records(tmp_path).cache.resolve() == tmp_path / "elsewhere"
     (tmp_path / ".dvc" / "config.local").write_text("[cache]\n    dir = /far/away\n")
     assert Records(tmp_path).cached("abcdef") == Path("/far/away/files/md5/ab/cdef")
 
