@@ -17,8 +17,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import requests
 
-from flows import servers, tracking
+from flows import registry, servers, tracking
 from flows.locking import held
 from taskvec.errors import Busy, ServiceUnreachable
 from tests.project import ROOT
@@ -265,7 +266,9 @@ def test_a_started_prefect_server_is_closed_to_others_and_serves_our_client(tmp_
     assert servers.running_prefect(tmp_path) is None
 
 
-def test_an_mlflow_server_answers_on_loopback_under_its_own_name_only(tmp_path: Path) -> None:
+def test_an_mlflow_server_answers_on_loopback_under_its_own_name_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     port = servers.free_port()
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
     log = tmp_path / "mlflow.log"
@@ -277,6 +280,32 @@ def test_an_mlflow_server_answers_on_loopback_under_its_own_name_only(tmp_path: 
         assert status_of(search) == 200
         assert status_of(search, host="10.evil.example") == 403
         assert listening_addresses(process.pid) == {"127.0.0.1"}
+        # it is asked for registered models without mlflow
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        assert registry.versions(tmp_path) == []
+        rows = [
+            ("registered-models/create", {"name": "a"}),
+            ("registered-models/create", {"name": "b"}),
+            ("model-versions/create", {"name": "a", "source": "s3://x/1"}),
+            ("model-versions/create", {"name": "a", "source": "s3://x/2"}),
+            ("model-versions/create", {"name": "b", "source": "s3://x/3"}),
+            (
+                "model-versions/set-tag",
+                {"name": "a", "version": "1", "key": "dvc.md5", "value": "x"},
+            ),
+            (
+                "model-versions/set-tag",
+                {"name": "a", "version": "2", "key": "dvc.md5", "value": "y"},
+            ),
+            ("registered-models/alias", {"name": "a", "alias": "champion", "version": "2"}),
+        ]
+        for place, content in rows:
+            requests.post(f"{url}/api/2.0/mlflow/{place}", json=content).raise_for_status()
+        monkeypatch.setattr(registry, "PAGE", 1)
+        assert registry.versions(tmp_path) == [
+            registry.Version("a", "1", (), "x"), registry.Version("a", "2", ("champion",), "y"),
+        ]  # fmt: skip
+        assert registry.digest(tmp_path, "models:/a@champion") == "y"
     finally:
         servers.stop(process)
 
