@@ -485,7 +485,7 @@ class Lineage:
     def _told(self, execution: Execution) -> Execution:
         """Return an execution with what the log of runs knows of it."""
         known = self._runs.get(frozenset(execution.outputs.values()))
-        return replace(execution, run={**execution.run, **known}) if known else execution
+        return replace(execution, run={**execution.run, **_facts(known)}) if known else execution
 
     @cached_property
     def logged(self) -> list[dict[str, Any]]:
@@ -493,9 +493,9 @@ class Lineage:
         return [run for run in outbox.executions(self.top) if run["status"] == "FINISHED"]
 
     @cached_property
-    def _runs(self) -> dict[frozenset[str], dict[str, str]]:
-        """Return the md5s of all outputs of a stage -> facts of the last run that made them."""
-        return {frozenset(run["made"]): _facts(run) for run in self.logged if run["made"]}
+    def _runs(self) -> dict[frozenset[str], dict[str, Any]]:
+        """Return the md5s of all outputs of a stage -> the last run that made them."""
+        return {frozenset(run["made"]): run for run in self.logged if run["made"]}
 
     @cached_property
     def _outside(self) -> dict[str, Execution]:

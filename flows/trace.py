@@ -5,14 +5,15 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import groupby
 from pathlib import PurePath
-from typing import Any
-
-import networkx
+from typing import TYPE_CHECKING, Any
 
 from flows.lineage import Artifact, Lineage, Made
 from flows.records import Execution
 from taskvec.errors import ServiceUnreachable
 from taskvec.headers import canonical
+
+if TYPE_CHECKING:  # to import it takes a tenth of a second, which most questions do not need
+    from networkx import DiGraph
 
 REGISTERED = "registered model"
 # What is known of a run that is a node of the whole graph -> its kind.
@@ -114,19 +115,21 @@ def render_below(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def graph(lineage: Lineage, artifact: Artifact, *, down: bool) -> networkx.DiGraph:
+def graph(lineage: Lineage, artifact: Artifact, *, down: bool) -> "DiGraph":
     """Return the graph above or below an artifact.
 
     Nodes are files, by digest (``kind``, ``label``), executions (``kind`` is "stage") and the
     versions of registered models; edges lead from what was used to what was made.
     """
+    from networkx import DiGraph
+
     made = lineage.below(artifact) if down else []
     executions: Iterable[Execution] = (
         {item.through.ident: item.through for item in made}.values()
         if down
         else lineage.chain(artifact)
     )
-    found = networkx.DiGraph()
+    found = DiGraph()
     found.add_node(artifact.key, kind=artifact.kind, label=artifact.name)
     for execution in executions:
         link = _link(lineage, execution)
@@ -147,7 +150,7 @@ def graph(lineage: Lineage, artifact: Artifact, *, down: bool) -> networkx.DiGra
     return found
 
 
-def with_facts(found: networkx.DiGraph) -> networkx.DiGraph:
+def with_facts(found: "DiGraph") -> "DiGraph":
     """Return a graph with code, parameters, commits and runs of its stages as nodes of their own.
 
     In pictures they would lead from everything to everything.
@@ -168,15 +171,17 @@ def with_facts(found: networkx.DiGraph) -> networkx.DiGraph:
     return full
 
 
-def node_link(found: networkx.DiGraph) -> dict[str, Any]:
+def node_link(found: "DiGraph") -> dict[str, Any]:
     """Return a graph as JSON, in the form of `networkx.node_link_data`."""
-    slim = networkx.DiGraph(found.edges)
+    from networkx import DiGraph, node_link_data
+
+    slim = DiGraph(found.edges)
     for node, data in found.nodes(data=True):
         slim.add_node(node, kind=data["kind"], label=data["label"])
-    return dict(networkx.node_link_data(slim, edges="edges"))
+    return dict(node_link_data(slim, edges="edges"))
 
 
-def dot(found: networkx.DiGraph) -> str:
+def dot(found: "DiGraph") -> str:
     """Return a graph in the language of Graphviz."""
     lines = ["digraph lineage {", "  rankdir=LR;", '  node [fontname="sans-serif"];']
     for node, data in found.nodes(data=True):
@@ -186,7 +191,7 @@ def dot(found: networkx.DiGraph) -> str:
     return "\n".join([*lines, "}"])
 
 
-def mermaid(found: networkx.DiGraph) -> str:
+def mermaid(found: "DiGraph") -> str:
     """Return a graph as a Mermaid flowchart."""
     names = {node: f"n{number}" for number, node in enumerate(found.nodes)}
     lines = ["flowchart LR"]
