@@ -128,14 +128,15 @@ def trace(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
     dot: Annotated[bool, typer.Option("--dot", help="Print a graph for Graphviz")] = False,
     mermaid: Annotated[bool, typer.Option("--mermaid", help="Print a Mermaid flowchart")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page with the graph")] = None,
+    page: Annotated[bool, typer.Option("--page", help="Write data/pages/lineage.html")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write that page to a file")] = None,
     openlineage: Annotated[Path | None, typer.Option(help="Write OpenLineage events")] = None,
     prov: Annotated[Path | None, typer.Option(help="Write W3C PROV-JSON")] = None,
 ) -> None:
     """Say where an artifact came from: stages, parameters, inputs and runs, back to the data."""
     from flows import trace as tracing
 
-    page = html.absolute() if html else None
+    written = html.absolute() if html else None
     documents = {"openlineage": openlineage, "prov": prov}
     wanted = {name: path.absolute() for name, path in documents.items() if path}
     with _lineage(experiment) as lineage:
@@ -153,11 +154,13 @@ def trace(
             graph = tracing.graph(lineage, artifact, down=down)
             typer.echo(tracing.dot(graph) if dot else tracing.mermaid(graph))
             return
-        if page:
+        if written or page:
             from flows import lineage_page
+            from tasks.artifacts import Artifacts
 
-            lineage_page.write(page, lineage, artifact, down=down)
-            _say(f"page: {page}")
+            place = written or Artifacts(lineage.top).page("lineage")
+            lineage_page.write(place, lineage, artifact, down=down)
+            _say(f"page: {place}")
             return
         found = (tracing.below if down else tracing.trace)(lineage, artifact)
         if as_json:

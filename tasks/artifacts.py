@@ -40,6 +40,10 @@ class Artifacts:
         """What must not be used any more, committed to git; the flow reads it, no stage does."""
         return self.top / "retractions.yaml"
 
+    def page(self, name: str) -> Path:
+        """A page that a command writes for people; no output of a stage."""
+        return self.data / "pages" / f"{name}.html"
+
     def lineage(self) -> Path:
         """The index of everything recorded; it can be deleted at any time."""
         return self.top / ".taskvec" / "lineage.sqlite"

@@ -67,6 +67,8 @@ def test_a_model_is_promoted_when_nothing_speaks_against_it(project: Project) ->
     ]  # fmt: skip
     edges = {(edge["source"], edge["target"]) for edge in below["graph"]["edges"]}
     assert (found["tags"]["dvc.md5"], "models:/both/1") in edges
+    assert project.taskvec("trace", "digits", "--down", "--page").code == 0
+    assert "models:/both/1, champion" in (project.root / "data/pages/lineage.html").read_text()
     (version,) = registry.versions(project.root)
     assert (version.name, version.number) == ("both", "1")
     assert registry._of_database(f"sqlite+pysqlite:///{project.root}/mlflow.db") == [version]
