@@ -17,6 +17,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError
@@ -104,12 +105,20 @@ def rendered(root: Path) -> list[Path]:
 
 def write(root: Path, params: Params) -> list[Path]:
     """Render, write what differs and return its paths."""
-    changed = []
-    for path, text in render(root, params).items():
-        if not path.is_file() or path.read_text() != text:
+
+    def differ() -> dict[Path, str]:
+        return {p: t for p, t in texts.items() if not p.is_file() or p.read_text() != t}
+
+    texts = render(root, params)
+    if not differ():
+        return []
+    directory = Artifacts(root).top / ".taskvec"
+    directory.mkdir(exist_ok=True)
+    with FileLock(directory / "rendering.lock"):  # two at once would share a temporary file
+        changed = differ()
+        for path, text in changed.items():
             write_text(path, text)
-            changed.append(path)
-    return changed
+    return list(changed)
 
 
 def check(root: Path, params: Params) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,27 @@ def test_rendering_twice_changes_nothing(checkout: Path) -> None:
     loaded = params.load(checkout / "params.yaml")
     assert plan.write(checkout, loaded) == []
     plan.check(checkout, loaded)
+
+
+def test_two_that_render_at_once_do_not_tear_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "params.yaml").touch()
+    path = tmp_path / "dvc.yaml"
+    texts = ["a" * 100_000, "b" * 200_000]
+    monkeypatch.setattr(plan, "render", lambda root, text: {root / "dvc.yaml": text})
+    plan.write(tmp_path, texts[0])  # type: ignore[arg-type]
+
+    def write(place: int) -> None:
+        for turn in range(25):
+            plan.write(tmp_path, texts[(place + turn) % 2])  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(3) as pool:
+        writers = [pool.submit(write, place) for place in range(3)]
+        while not all(writer.done() for writer in writers):
+            assert path.read_text() in texts
+        for writer in writers:
+            writer.result()
 
 
 def test_a_rendered_file_that_was_edited_is_put_right(checkout: Path) -> None:
