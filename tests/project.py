@@ -53,7 +53,7 @@ edits:
 """
 
 # Secrets that every command finds in its environment and in a file, and must write nowhere.
-CANARY = "canary-8f2b61d07c"
+CANARY = "-".join(["canary", "8f2b61d07c"])  # this file does not hold it either
 SECRETS = {
     name: f"{CANARY}-{name.lower()}"
     for name in ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY")
