@@ -124,6 +124,7 @@ class Project:
         (root / ".env").write_text("".join(f"{name}={value}\n" for name, value in SECRETS.items()))
         project = cls(root, server)
         project.command("git", "init", "-q")
+        (root / ".git/info/exclude").write_text(".env\n")
         project.command("git", "add", "-A")
         project.command(
             "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "tiny"
