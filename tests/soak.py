@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import sqlite3
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,10 +19,14 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from flows import outbox, verify
 from flows.lineage import Lineage
 from flows.servers import started_prefect
+from taskvec import checkpoints, streaming
 from taskvec.atomic import write_text
+from taskvec.mapped import open_weights
 from tests.project import ROOT, Project
 
 STATE = ROOT / ".taskvec" / "soak.json"
@@ -70,6 +75,12 @@ ROWS = {
             "another directory, TZ, locale, umask, hash seed and core",
             "`reproduce` gives the same bits",
             20,
+        ),
+        Row(
+            "race",
+            "two processes write the same weights and enter logs into the same list, at once",
+            "readers see a whole file, no line is lost or torn",
+            100,
         ),
     )
 }
@@ -147,8 +158,8 @@ def _finished() -> Iterator[Project]:
 @contextmanager
 def trials(name: str, project: Project) -> Iterator[Trial]:
     """Yield what does one trial of a row."""
-    if name == "rebuild":
-        yield lambda draw: rebuilt(project, draw)
+    if name in ("rebuild", "race"):
+        yield lambda draw: rebuilt(project, draw) if name == "rebuild" else raced(draw)
         return
     with Lineage(project.root) as lineage:
         match name:
@@ -342,6 +353,59 @@ def rebuilt(project: Project, draw: random.Random, what: str = "both") -> str:
     if done.code != 0:
         return f"exit code {done.code}: {done.err[-300:]}"
     return "" if json.loads(done.out)["equal"] else f"other bits with {seeds}, umask {mask}"
+
+
+WRITES = 25  # of each of the processes that race
+RACE = """
+import sys
+from pathlib import Path
+from flows import outbox
+from taskvec.mapped import open_weights
+from taskvec.streaming import write
+root, who = Path(sys.argv[1]), sys.argv[2]
+source = open_weights(root / f"{who}.safetensors")
+sys.stdin.readline()
+for turn in range(int(sys.argv[3])):
+    write(root / "out.safetensors", source.tensors, kind="vector", metadata={"by": who})
+    outbox.note(root, f"{who}-{turn}", outbox.Mark("own", turn, {}, done=True))
+"""
+
+
+def raced(draw: random.Random) -> str:
+    """Let two processes write the same files while we read them."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        outbox.directory(root).mkdir(parents=True)
+        whole = set()
+        for who in ("one", "two"):
+            tensors = {"w": torch.full((draw.randrange(1, 200_000),), float(draw.random()))}
+            checkpoints.save(root / f"{who}.safetensors", tensors, "vector")
+            source = open_weights(root / f"{who}.safetensors")
+            streaming.write(
+                root / "out.safetensors", source.tensors, kind="vector", metadata={"by": who}
+            )
+            whole.add((root / "out.safetensors").read_bytes())
+        words = [sys.executable, "-c", RACE, name]
+        racers = [
+            subprocess.Popen(
+                [*words, who, str(WRITES)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            for who in ("one", "two")
+        ]
+        for racer in racers:
+            assert racer.stdin is not None
+            racer.stdin.write("\n")
+            racer.stdin.flush()
+        torn = False
+        while any(racer.poll() is None for racer in racers):
+            torn |= (root / "out.safetensors").read_bytes() not in whole
+        errors = [racer.communicate()[1] for racer in racers]
+        if torn:
+            return "a reader saw a torn file"
+        if any(racer.returncode for racer in racers):
+            return f"a writer failed: {errors}"
+        lost = 2 * WRITES - len(outbox.marks(root))
+        return f"{lost} lines were lost" if lost else ""
 
 
 def _say(text: str) -> None:

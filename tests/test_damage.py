@@ -6,7 +6,7 @@ import pytest
 
 from flows.lineage import Lineage
 from tests.project import Project
-from tests.soak import DAMAGES, MUTATIONS, ROWS, clean, damage, damaged, mutated, page
+from tests.soak import DAMAGES, MUTATIONS, ROWS, clean, damage, damaged, mutated, page, raced
 
 pytestmark = pytest.mark.pipeline
 
@@ -21,6 +21,10 @@ def test_edited_records_are_named(project: Project) -> None:
     assert [mutated(project.root, random.Random(seed)) for seed in range(35)] == [""] * 35
     with Lineage(project.root) as lineage:
         assert clean(lineage, random.Random(0)) == ""  # everything was put back
+
+
+def test_writers_that_race_leave_whole_files_and_every_line() -> None:
+    assert [raced(random.Random(seed)) for seed in range(2)] == [""] * 2
 
 
 @pytest.mark.parametrize("how", [name for name in DAMAGES if name != "swap"])
