@@ -445,10 +445,14 @@ class Lineage:
         Raises:
             ServiceUnreachable: MLflow does not answer.
         """
+        wanted = set(digests)
+        return [version for version in self._versions if version.md5 in wanted]
+
+    @cached_property
+    def _versions(self) -> "list[Version]":
         from flows import registry
 
-        wanted = set(digests)
-        return [version for version in registry.versions(self._root) if version.md5 in wanted]
+        return registry.versions(self._root)
 
     def _reached(self, start: str, *, weights_only: bool) -> Iterator[tuple[str, Execution]]:
         """Yield (digest, execution) of what was made from some bytes, directly or not."""

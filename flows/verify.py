@@ -99,7 +99,8 @@ def verify(
     bad = {finding.node for finding in found}
     for one in chain:
         found += [f for f in _headers(lineage, records, one, deep=deep) if f.node not in bad]
-    findings += [*_bad_logs(records.top), *found, *_bad_runs(lineage, chain)]
+    damaged = outbox.damages(records.top)
+    findings += [*_bad_logs(damaged), *found, *_bad_runs(lineage, chain, damaged)]
     absent = len(named) - len(files)
     return Verified(findings, len(chain), len(files), sum(sizes.values()), absent)
 
@@ -180,17 +181,18 @@ def _bad_locks(records: Records) -> Iterator[Finding]:
             yield Finding(lock, "no lock file of DVC", repair)
 
 
-def _bad_logs(top: Path) -> Iterator[Finding]:
-    for run, line in outbox.damages(top).items():
+def _bad_logs(damaged: Mapping[str, int]) -> Iterator[Finding]:
+    for run, line in damaged.items():
         name = (outbox.DIRECTORY / f"{run}.jsonl").as_posix()
         problem = f"line {line} is not what was written"
         yield Finding(name, problem, f"rm {name}  # and trust nothing that it says")
 
 
-def _bad_runs(lineage: Lineage, chain: Iterable[Execution]) -> Iterator[Finding]:
+def _bad_runs(
+    lineage: Lineage, chain: Iterable[Execution], damaged: Mapping[str, int]
+) -> Iterator[Finding]:
     """Yield where MLflow's own file says something else than the log of runs."""
     wanted = {md5 for one in chain for md5 in one.outputs.values()}
-    damaged = outbox.damages(lineage.top)
     runs = [
         run
         for run in lineage.logged

@@ -236,12 +236,7 @@ def mutated(root: Path, draw: random.Random) -> str:
     if after == before:
         return ""
     _write(target, after)
-    try:
-        with Lineage(root) as lineage:
-            found = verify.verify(lineage)
-        return "" if found.findings else f"{how} in {target.name} was not found"
-    finally:
-        _write(target, before)
+    return _noticed(root, target, before, f"{how} in {target.name}")
 
 
 def _row_changed(root: Path, draw: random.Random) -> str:
@@ -277,10 +272,15 @@ def _row_changed(root: Path, draw: random.Random) -> str:
                 case _:
                     new = f"x{old}"
             opened.execute(f"UPDATE {table} SET {value} = ? WHERE rowid = ?", (new, row))
+    return _noticed(root, path, before, f"{old!r} in {table}")
+
+
+def _noticed(root: Path, path: Path, before: bytes, what: str) -> str:
+    """See whether `verify` says that a file was changed; put it back."""
     try:
         with Lineage(root) as lineage:
             found = verify.verify(lineage)
-        return "" if found.findings else f"{old!r} in {table} was not found"
+        return "" if found.findings else f"{what} was not found"
     finally:
         _write(path, before)
 
