@@ -12,9 +12,8 @@ import typer
 from taskvec.errors import TaskvecError
 
 if TYPE_CHECKING:
-    from flows.dag import Dag, Node
-    from flows.edit_models import Outcome
     from flows.lineage import Lineage
+    from flows.nodes import Node
 
 OBJECTS = 50_000  # new ones between collections, which else take a sixth of the time of a question
 
@@ -46,29 +45,23 @@ def run(
     wait: Annotated[bool, typer.Option("--wait", help="Wait for another run to end")] = False,
 ) -> None:
     """Bring stages up to date: run what is stale, and nothing else."""
-    from flows import locking
+    from flows.handover import run as hand_over
+    from flows.running import report
+    from flows.terminal import Terminal
 
     root = _root(experiment)
     if data_root:
         os.environ["TASKVEC_DATA"] = str(data_root.absolute())
-    with locking.held(root, "taskvec run", wait=wait):
-        locking.sweep(root)
-        dag, nodes = _plan(root, targets or [], repair=True)
-        stale = [node for node in nodes if node.reasons]
-        if not stale:
-            _say(f"nothing to do: {len(nodes)} stages are up to date")
-            _tell_unsent(root)
-            return
-        from flows.edit_models import run_flow
-        from flows.terminal import Terminal
-        from flows.workers import check_command, find_slots
+    with Terminal() as terminal:
+        listener = terminal.listener()
+        done = hand_over(root, targets or [], slots=slots, listener=listener, say=_say)
+        if done is None:
+            from flows.running import bring_up_to_date
 
-        for node in stale:
-            check_command(node)
-        _check_data(root, stale)
-        with Terminal(len(stale)) as terminal:
-            outcomes = run_flow(root, dag, nodes, find_slots(slots), terminal.listener())
-    _finish(root, nodes, outcomes)
+            done = bring_up_to_date(
+                root, targets or [], slots=slots, wait=wait, listener=listener, say=_say
+            )
+    sys.exit(report(root, *done, say=_say))
 
 
 @app.command()
@@ -78,7 +71,9 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """Say what is stale and why."""
-    _, nodes = _plan(_root(experiment), targets or [], repair=False)
+    from flows.running import plan
+
+    _, nodes = plan(_root(experiment), targets or [], repair=False, say=_say)
     stale = [node for node in nodes if node.reasons]
     notes = [*_origin_notes(stale), *_retraction_notes()]
     if as_json:
@@ -178,8 +173,9 @@ def why(
 ) -> None:
     """Say why a stage would run, or why it ran last time."""
     from flows import why as reasons
+    from flows.running import plan
 
-    _, nodes = _plan(_root(experiment), [stage], repair=False)
+    _, nodes = plan(_root(experiment), [stage], repair=False, say=_say)
     with _lineage() as lineage:
         found = reasons.why(lineage, nodes[-1])
     typer.echo(json.dumps(found, indent=2) if as_json else reasons.render(found))
@@ -446,54 +442,10 @@ def _lineage(experiment: str = "") -> "Lineage":
     return Lineage(_root(experiment))
 
 
-def _check_data(root: Path, stale: list["Node"]) -> None:
-    """Raise MissingArtifact if external data that a stale stage reads is not there."""
-    wanted = {node.item for node in stale if node.stage == "prepare"}
-    if not wanted:
-        return
-    from taskvec import params as parameters
-    from taskvec.datasets import external
-    from taskvec.errors import MissingArtifact
-
-    tasks = parameters.load(root / "params.yaml").tasks
-    lines = external.missing({name: tasks[name] for name in wanted if name in tasks})
-    if lines:
-        raise MissingArtifact("\n".join(["data is missing:", *lines]))
-
-
-def _plan(root: Path, targets: list[str], *, repair: bool) -> tuple["Dag", list["Node"]]:
-    """Check the parameters, render what follows from them, and ask DVC what is stale."""
-    from flows import plan, rendering
-    from taskvec import params as parameters
-
-    if not rendering.is_fresh(root):
-        params = parameters.load(root / "params.yaml")
-        for path in plan.write(root, params):
-            _say(f"rendered {path.relative_to(root)}")
-        rendering.remember(root)
-    from flows.dag import Dag
-
-    dag = Dag(root)
-    if repair:
-        dag.repair()
-    return dag, dag.plan(targets)
-
-
 def _origin_notes(stale: list["Node"]) -> list[str]:
     if any(node.stage == "pretrain" for node in stale):
         return ["the pre-trained model may change: every vector then gets a new origin"]
     return []
-
-
-def _tell_unsent(root: Path) -> None:
-    """Close the logs of killed runs, and say which wait to be sent: that takes seconds."""
-    from flows import outbox
-    from tasks.artifacts import Artifacts
-
-    top = Artifacts(root).top
-    outbox.settle(top)
-    if runs := outbox.unsent(top):
-        _say(f"runs not sent to MLflow yet: {len(runs)}; `taskvec backfill` sends them")
 
 
 def _retraction_notes() -> list[str]:
@@ -505,21 +457,6 @@ def _retraction_notes() -> list[str]:
 
     with _lineage() as lineage:
         return retractions.notes(lineage)
-
-
-def _finish(root: Path, nodes: list["Node"], outcomes: list["Outcome"]) -> None:
-    failed = [outcome for outcome in outcomes if outcome.how == "failed"]
-    counts = {how: sum(o.how == how for o in outcomes) for how in
-              ("run", "run-cache", "unchanged", "failed", "not run")}  # fmt: skip
-    words = {"run": "run", "run-cache": "restored from the run cache"}
-    _say(", ".join(f"{n} {words.get(how, how)}" for how, n in counts.items() if n))
-    if failed:
-        for outcome in failed:
-            _say(f"error: {outcome.error}")
-        _say("the rest is kept; `taskvec run` goes on where this stopped")
-        sys.exit(max(outcome.exit_code for outcome in failed))
-    for out in [out for node in nodes if node.stage == "report" for out in node.outs]:
-        _say(f"report: {root / out}")
 
 
 def _say(text: Any) -> None:

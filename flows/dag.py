@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,58 +33,12 @@ from dvc.stage.cache import RunCacheNotFoundError
 from dvc.stage.serialize import to_single_stage_lockfile
 from dvc.utils.serialize import dumps_yaml, load_path, load_yaml
 
+from flows.nodes import Node, Reason
 from tasks.artifacts import Artifacts
 from taskvec.atomic import write_text
 from taskvec.errors import InvalidInput, TaskvecError, nearest
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # what happens is told by the flow
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why a stage is stale: a kind to filter by, and words."""
-
-    kind: str  # never run, params, code, data, output, command, retracted, upstream
-    words: str
-
-
-@dataclass
-class Node:
-    """A stage of the graph, as the flow and the reports see it.
-
-    Attributes:
-        name: as DVC prints it, without the file: ``fine_tune@mnist-0``, ``search-addition-0``.
-        address: as DVC addresses it: ``edits/dvc.yaml:search-addition-0``.
-        command: constant string ``python -m tasks STAGE [ITEM]``.
-        gpus: devices that the stage wants.
-        timeout: seconds after which it is killed.
-        upstream: addresses of the stages that it depends on.
-        deps: paths of its file dependencies, relative to the root.
-        outs: paths of its outputs, relative to the root.
-        params: declared parameters with their present values, flat.
-        reasons: why it is stale; empty if it is not.
-    """
-
-    name: str
-    address: str
-    command: str
-    gpus: int
-    timeout: float
-    upstream: list[str]
-    deps: list[str]
-    outs: list[str]
-    params: dict[str, Any] = field(default_factory=dict)
-    reasons: list[Reason] = field(default_factory=list)
-
-    @property
-    def stage(self) -> str:
-        """The name of the stage's module in tasks/."""
-        return (self.command.split() + [""] * 4)[3]
-
-    @property
-    def item(self) -> str:
-        """What the stage works on; may be empty."""
-        return (self.command.split() + [""] * 5)[4]
 
 
 class StageChanged(TaskvecError):

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from flows import assets
-from flows.dag import Dag, Node
+from flows.dag import Dag
+from flows.nodes import Listener, Node, Outcome
 from flows.recording import StageRecord, Tracker
-from flows.servers import mlflow_url, running_prefect, started_prefect
+from flows.servers import Prefect, mlflow_url, running_prefect, started_prefect
 from flows.workers import Slots, StageCrashed, StageFailed, Workers
 from tasks.artifacts import Artifacts
 from tasks.stages import Progress
@@ -27,34 +28,6 @@ from taskvec.errors import Interrupted, TaskvecError
 RETRIES = 1
 FLUSH_SECONDS = 1.0
 PROGRESS_SECONDS = 0.5  # at most one metric a stage in this time; the last step always
-
-
-@dataclass
-class Outcome:
-    """What became of one stage.
-
-    Attributes:
-        how: run, run-cache, unchanged, failed or "not run".
-        seconds: wall time, for people; never part of an artifact.
-        error: the failure in words.
-        exit_code: of the failure.
-    """
-
-    name: str
-    how: str
-    seconds: float = 0.0
-    error: str = ""
-    exit_code: int = 0
-
-
-@dataclass
-class Listener:
-    """Whom the flow tells what happens; both may be called from any thread."""
-
-    started: Callable[[Node], None] = lambda node: None
-    progress: Callable[[Node, Progress], None] = lambda node, progress: None
-    finished: Callable[[Node, Outcome], None] = lambda node, outcome: None
-    note: Callable[[str], None] = lambda text: None
 
 
 @dataclass
@@ -88,10 +61,11 @@ def run_flow(
     with ExitStack() as stack:
         # The server needs seconds; so do the fork server and MLflow, at the same time.
         server = running_prefect(root) or stack.enter_context(started_prefect(root, ui=False))
-        os.environ.update({"PREFECT_LOGGING_LEVEL": "CRITICAL", **server.environment})
+        use(server)
         tracker = Tracker(root, listener.note)
         run = Run(root, dag, stale, workers, tracker, listener)
         stack.enter_context(_stopping(workers))
+        listener.stoppable(workers.stop)
         status = "FAILED"
         try:
             asyncio.run(_with_prefect(run))
@@ -103,6 +77,11 @@ def run_flow(
     if workers.stopped:
         raise Interrupted(workers.stopped)
     return [run.outcomes[node.address] for node in stale if node.address in run.outcomes]
+
+
+def use(server: Prefect) -> None:
+    """Make a server the one of this process; Prefect reads it once, when it is imported."""
+    os.environ.update({"PREFECT_LOGGING_LEVEL": "CRITICAL", **server.environment})
 
 
 @contextmanager

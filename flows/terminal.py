@@ -3,26 +3,48 @@
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from flows.nodes import Listener, Node, Outcome
 
-from flows.dag import Node
-from flows.edit_models import Listener, Outcome
-from tasks.stages import Progress as StageProgress
+if TYPE_CHECKING:
+    from tasks.stages import Progress
 
 
 class Terminal:
     """A line for every finished stage, and bars for running ones if stderr is a terminal."""
 
-    def __init__(self, stages: int) -> None:
-        self._console = Console(stderr=True, highlight=False)
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._bars: dict[str, Any] = {}
         self._done = 0
+        self._stages = 0
+        self._console: Any = None
+        self._progress: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def listener(self) -> Listener:
+        """Return the callbacks for the flow."""
+        return Listener(self._planned, self._started, self._moved, self._finished, self._note)
+
+    def _planned(self, stages: int) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+
         self._stages = stages
+        self._console = Console(stderr=True, highlight=False)
         self._progress = Progress(
             TextColumn("{task.description:28}"),
             BarColumn(bar_width=24),
@@ -33,24 +55,14 @@ class Terminal:
             transient=True,
             disable=not self._console.is_terminal,
         )
-
-    def __enter__(self) -> Self:
         self._progress.start()
-        self._total = self._progress.add_task("all stages", total=self._stages, figures="")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def listener(self) -> Listener:
-        """Return the callbacks for the flow."""
-        return Listener(self._started, self._moved, self._finished, self._note)
+        self._total = self._progress.add_task("all stages", total=stages, figures="")
 
     def _started(self, node: Node) -> None:
         with self._lock:
             self._bars[node.address] = self._progress.add_task(node.name, total=None, figures="")
 
-    def _moved(self, node: Node, progress: StageProgress) -> None:
+    def _moved(self, node: Node, progress: "Progress") -> None:
         figures = "  ".join(
             f"{name} {value:.4g}"
             for name, value in progress.items()
@@ -79,6 +91,8 @@ class Terminal:
 def print_results(root: Path) -> None:
     """Print test accuracies of all models, from the evaluation tables of the first seed."""
     import pandas as pd
+    from rich.console import Console
+    from rich.table import Table
 
     from tasks.artifacts import Artifacts
     from taskvec import params as parameters

@@ -3,8 +3,8 @@
 from typing import Any
 
 from flows import difference
-from flows.dag import Node
 from flows.lineage import Lineage
+from flows.nodes import Node
 from flows.records import Execution
 
 Facts = dict[str, Any]

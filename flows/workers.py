@@ -24,7 +24,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from flows.dag import Node
+from flows.nodes import Node
 from tasks.stages import ASSISTED, NAMES, Progress
 from taskvec.errors import InvalidInput, TaskvecError, nearest
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.dag import Node
+from flows.nodes import Node
 from flows.workers import Slots, check_command, find_slots
 from taskvec.errors import InvalidInput
 from tests.project import EXPERIMENT, ROOT
@@ -195,7 +195,7 @@ from pathlib import Path
 open("driver_was_imported", "a").write("x")
 
 from flows import workers as module
-from flows.dag import Node
+from flows.nodes import Node
 from flows.workers import Slots, Workers
 
 module.ASSISTED = ()
