@@ -28,11 +28,13 @@ from flows.handover import DATA, environment_digests, reachable, received, send,
 from flows.nodes import Listener, Node, Outcome
 from flows.plan import SOURCES
 from flows.servers import running_prefect, services_file
+from flows.workers import resident
 from tasks.artifacts import experiments
 from taskvec.errors import Busy, Interrupted, TaskvecError
 
 ROOMS = ("flows", "tasks", "taskvec")
 LOOK_SECONDS = 2.0  # between looks at the code while there is nothing to do
+KEPT_SECONDS = 600.0  # that models stay loaded while nobody searches
 RUNS = 200  # after which it starts anew, whatever a library may have kept by then
 
 
@@ -98,10 +100,10 @@ class Driver:
 
         Prefect takes the address of its server when it is imported: without one it is not.
         """
-        from flows import edit_models, tracking, workers
+        from flows import edit_models, slots, tracking, workers
 
         with _environment(os.environ.get(DATA)):
-            workers.Workers(self._top, workers.find_slots()).start()
+            workers.Workers(self._top, slots.find_slots()).start()
             if server := running_prefect(self._top):
                 edit_models.use(server)
                 import prefect.task_runners  # noqa: F401
@@ -117,9 +119,10 @@ class Driver:
             request = self._next()
             if request is None:
                 return
-            self._run(request)
+            ended = self._run(request)
             gc.collect()
-            self._free.release()
+            self._free.release()  # before the client hears of the end, and may ask again
+            request.tell("end", **ended)
         self._free.acquire()  # whoever asks now works without a driver
 
     def start_anew(self) -> None:
@@ -132,6 +135,7 @@ class Driver:
         while True:
             with suppress(queue.Empty):
                 return self._requests.get(timeout=LOOK_SECONDS)
+            resident.retire(KEPT_SECONDS)
             if self._changed() and self._free.acquire(blocking=False):
                 return None
 
@@ -178,7 +182,8 @@ class Driver:
         # Whoever runs meanwhile holds the checkout: the client finds out by itself, or waits.
         return None if self._free.acquire(blocking=False) else ""
 
-    def _run(self, request: Request) -> None:
+    def _run(self, request: Request) -> dict[str, Any]:
+        """Do a run; return how it ended."""
         content = request.content
         root = Path(content["root"])
         os.chdir(root)
@@ -206,13 +211,12 @@ class Driver:
             error, code = str(raised), raised.exit_code
         except Exception:
             error, code = traceback.format_exc(), 1
-        request.tell(
-            "end",
-            error=error,
-            exit_code=code,
-            nodes=[_described(node) for node in nodes],
-            outcomes=[asdict(outcome) for outcome in outcomes],
-        )
+        return {
+            "error": error,
+            "exit_code": code,
+            "nodes": [_described(node) for node in nodes],
+            "outcomes": [asdict(outcome) for outcome in outcomes],
+        }
 
 
 def _described(node: Node) -> dict[str, Any]:

@@ -20,7 +20,9 @@ from flows.dag import Dag
 from flows.nodes import Listener, Node, Outcome
 from flows.recording import StageRecord, Tracker
 from flows.servers import Prefect, mlflow_url, running_prefect, started_prefect
-from flows.workers import Slots, StageCrashed, StageFailed, Workers
+from flows.slots import Slots
+from flows.usage import Usage
+from flows.workers import StageCrashed, StageFailed, Workers
 from tasks.artifacts import Artifacts
 from tasks.stages import Progress
 from taskvec.errors import Interrupted, TaskvecError
@@ -186,10 +188,11 @@ def _perform(
         )
     )
     run.listener.started(node)
+    usage: Usage = {}
     try:
         if how == "run":
             with run.dag.guard(node.address, owner="taskvec run"):
-                run.workers.run(node, devices, _throttled(run, node))
+                usage = run.workers.run(node, devices, _throttled(run, node))
         outs = run.dag.commit(node.address)
     except Exception as error:
         run.tracker.end(node.address, "FAILED", {}, {})
@@ -202,7 +205,7 @@ def _perform(
         raise
     run.dag.flush(at_most_every=FLUSH_SECONDS)
     inputs = run.dag.inputs(node.address)
-    run.tracker.end(node.address, "FINISHED", outs, inputs)
+    run.tracker.end(node.address, "FINISHED", outs, inputs, usage)
     with suppress(Exception):  # what Prefect shows of files must not stop the work
         place = run.root.relative_to(Artifacts(run.root).top.parent).as_posix()
         assets.emit(place, outs, inputs, label)

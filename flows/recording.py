@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from flows import outbox, tracking
 from flows.redaction import reason, without_user
 from flows.store import content
+from flows.usage import split
 from tasks.artifacts import Artifacts
 from taskvec import headers
 from taskvec.errors import TaskvecError
@@ -138,11 +140,28 @@ class Tracker:
             self._append("progress", durable=False, of=of, step=step, metrics=dict(metrics))
 
     def end(
-        self, address: str, status: str, outs: Mapping[str, str], inputs: Mapping[str, str]
+        self,
+        address: str,
+        status: str,
+        outs: Mapping[str, str],
+        inputs: Mapping[str, str],
+        usage: Mapping[str, float | str] = MappingProxyType({}),
     ) -> None:
-        """Close the child run of a stage: FINISHED or FAILED, with the digests of its files."""
+        """Close the child run of a stage.
+
+        Args:
+            address: as DVC addresses it.
+            status: FINISHED or FAILED.
+            outs: digests of its outputs, by path.
+            inputs: digests of its file dependencies, by path.
+            usage: what it used of the machine; see `flows.usage`.
+        """
         if (number := self._begun.pop(address, None)) is not None:
             held = described(self._root, outs) if status == "FINISHED" else {}
+            if usage:
+                figures, texts = split(usage)
+                held["metrics"].update(figures)
+                held["params"].update(texts)
             files = {"outs": dict(outs), "deps": dict(inputs)}
             self._append("end", of=number, status=status, **files, **held)
 

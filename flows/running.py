@@ -56,7 +56,8 @@ def bring_up_to_date(
             _tell_unsent(root, say)
             return nodes, []
         from flows.edit_models import run_flow
-        from flows.workers import check_command, find_slots
+        from flows.slots import find_slots
+        from flows.workers import check_command
 
         for node in stale:
             check_command(node)

@@ -1,30 +1,33 @@
-"""Slots, and a process for every running stage.
+"""A process for every running stage.
 
-Stages run in children of a fork server that has torch and open_clip imported: 40 ms a stage
-instead of seconds. A child sends its progress through a pipe, is killed at its timeout, and dies
-with the driver.
+Stages run in children of a fork server that has torch and the model's library imported: 40 ms a
+stage instead of seconds. A child sends its progress through a pipe, is killed at its timeout, and
+dies with the driver.
 
-A stage that remembers what it computes (`tasks.stages.ASSISTED`) gets assistants while slots are
-idle: processes that do the same work from the other end and leave it in the memory. They decide
-nothing, so that the result is the same with any number of them, and end as soon as anybody waits.
+The process of a stage that keeps what it loads (`RESIDENT`) stays for the next such stage on its
+device. A stage that remembers what it computes (`tasks.stages.ASSISTED`) gets assistants while
+slots are idle: processes that do the same work from the other end and leave it in the memory. They
+decide nothing, so that the result is the same with any number of them, and end as soon as anybody
+waits.
 """
 
 import multiprocessing
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 from flows.nodes import Node
+from flows.slots import Slots
+from flows.usage import GpuSampler, Meter, Usage
 from tasks.stages import ASSISTED, NAMES, Progress
 from taskvec.errors import InvalidInput, TaskvecError, nearest
 
@@ -32,6 +35,8 @@ KILLED = 137  # what a shell reports for SIGKILL
 TAIL = 15  # lines of a stage's own output that an error shows
 # seconds: a stage is only assisted after this time, and idle slots are looked for so often
 ASSIST_AFTER, ASSIST_EVERY = 3.0, 0.25
+RESIDENT = ("search",)  # stages that keep what they load: see tasks/kept.py
+OURS = "TASKVEC_"  # variables that a stage sees as they are now, not as the fork server began
 
 
 class StageFailed(TaskvecError):
@@ -46,87 +51,85 @@ class StageCrashed(TaskvecError):
     """A stage's process died or was killed at its timeout; it may be tried again."""
 
 
-class Slots:
-    """How many stages run at once: one a GPU, and some on the CPU.
+@dataclass(frozen=True)
+class Job:
+    """What a child is asked to do. Everything in it can be pickled."""
 
-    A stage that wants GPUs takes that many devices where there are any; everything else, and
-    everything on a machine without GPU, takes a CPU slot.
-    """
-
-    def __init__(self, cpus: int, gpus: list[str]) -> None:
-        self._cpus = cpus
-        self._devices = list(gpus)
-        self._gpus = len(gpus)
-        self._waiting = 0
-        self._changed = threading.Condition()
-
-    @property
-    def total(self) -> int:
-        """The largest number of stages that can run at once."""
-        return self._cpus + self._gpus
-
-    @contextmanager
-    def take(self, gpus: int) -> Iterator[list[str]]:
-        """Wait for a slot; yield the devices that belong to it, none for a CPU slot."""
-        if gpus > self._gpus > 0:
-            raise InvalidInput(f"a stage wants {gpus} GPUs, there are {self._gpus}; see meta.gpu")
-        wanted = gpus if self._gpus else 0
-        with self._changed:
-            self._waiting += 1
-            self._changed.wait_for(lambda: self._free(wanted))
-            self._waiting -= 1
-            devices = self._grab(wanted)
-        try:
-            yield devices
-        finally:
-            self._give(devices)
-
-    @contextmanager
-    def spare(self, gpus: int) -> Iterator[list[str] | None]:
-        """Yield the devices of a slot that nobody wants now, or None; never wait."""
-        wanted = min(1, gpus) if self._gpus else 0
-        with self._changed:
-            devices = self._grab(wanted) if self._free(wanted) and not self._waiting else None
-        try:
-            yield devices
-        finally:
-            if devices is not None:
-                self._give(devices)
-
-    @property
-    def wanted(self) -> bool:
-        """Whether a stage waits for a slot."""
-        return self._waiting > 0
-
-    def _free(self, gpus: int) -> bool:
-        return len(self._devices) >= gpus if gpus else self._cpus > 0
-
-    def _grab(self, gpus: int) -> list[str]:
-        devices, self._devices = self._devices[:gpus], self._devices[gpus:]
-        self._cpus -= not gpus
-        return devices
-
-    def _give(self, devices: list[str]) -> None:
-        with self._changed:
-            self._devices += devices
-            self._cpus += not devices
-            self._changed.notify_all()
+    stage: str
+    item: str
+    root: str
+    log: str
+    environment: dict[str, str]
+    assist: bool = False
 
 
-def find_slots(cpus: int | None = None) -> Slots:
-    """Return this machine's slots: its visible GPUs, and `cpus` or one a core."""
-    return Slots(cpus or len(os.sched_getaffinity(0)), _gpus())
+class Child:
+    """A process that does jobs one after the other on the same devices."""
+
+    def __init__(self, context: Any, devices: list[str], *, hide: bool) -> None:
+        """Start it.
+
+        Args:
+            context: of multiprocessing.
+            devices: GPUs that it may use.
+            hide: there are GPUs, and it may use no other.
+        """
+        self.devices = devices
+        self.finished = False  # its last job, in good order
+        self.pipe, theirs = context.Pipe()
+        visible = ",".join(devices) if devices or hide else None
+        self.process = context.Process(target=_work, args=(theirs, visible), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def end(self) -> None:
+        """Kill it and wait for its end."""
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.pipe.close()
 
 
-def _gpus() -> list[str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [device for device in visible.split(",") if device not in ("", "-1")]
-    if not shutil.which("nvidia-smi"):
-        return []
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    return found.stdout.split() if found.returncode == 0 else []
+class Resident:
+    """Children that wait for another job, by device; they live as long as this process."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._idle: list[tuple[float, Child]] = []
+
+    def take(self, devices: list[str]) -> Child | None:
+        """Return one that waits on exactly these devices."""
+        with self._mutex:
+            for place, (_, child) in enumerate(self._idle):
+                if child.devices == devices and child.process.is_alive():
+                    del self._idle[place]
+                    return child
+        return None
+
+    def keep(self, child: Child) -> None:
+        """Let one wait."""
+        child.finished = False
+        with self._mutex:
+            self._idle.append((time.monotonic(), child))
+
+    def make_room(self, devices: list[str]) -> None:
+        """End those that occupy memory of devices."""
+        self._end(lambda since, child: bool(set(child.devices) & set(devices)))
+
+    def retire(self, seconds: float) -> None:
+        """End those that have waited for so long."""
+        now = time.monotonic()
+        self._end(lambda since, child: now - since >= seconds)
+
+    def _end(self, wanted: Callable[[float, Child], bool]) -> None:
+        with self._mutex:
+            ended = [child for since, child in self._idle if wanted(since, child)]
+            self._idle = [(s, child) for s, child in self._idle if child not in ended]
+        for child in ended:
+            child.end()
+
+
+resident = Resident()  # of this process, as its fork server is
 
 
 class Workers:
@@ -148,7 +151,7 @@ class Workers:
         # One thread a process, also for libraries that read this when they are imported.
         os.environ["OMP_NUM_THREADS"] = "1"
         self._logs.mkdir(parents=True, exist_ok=True)
-        self._context.set_forkserver_preload(["flows.warm"])
+        self._context.set_forkserver_preload(["flows.warm", "flows.workers"])
         with _without_main():
             forkserver.ensure_running()
 
@@ -158,43 +161,48 @@ class Workers:
         for process in list(self._running):
             process.kill()
 
-    def run(self, node: Node, devices: list[str], emit: Callable[[Progress], None]) -> None:
-        """Run one stage on the devices of its slot and wait for it.
+    def run(self, node: Node, devices: list[str], emit: Callable[[Progress], None]) -> Usage:
+        """Run one stage on the devices of its slot and wait for it; return what it used.
 
         Raises:
             StageFailed: the stage reported an error.
             StageCrashed: its process died, or it was killed after ``node.timeout`` seconds.
         """
         check_command(node)
-        with self._started(node, devices) as (process, pipe, log), self._assisted(node):
-            self._follow(node, process, pipe, emit, log)
+        with (
+            GpuSampler(devices) as sampler,
+            self._started(node, devices) as (child, log),
+            self._assisted(node),
+        ):
+            used = self._follow(node, child, emit, log)
+        return {**used, **sampler.usage}
 
     @contextmanager
     def _started(
         self, node: Node, devices: list[str], *, assist: bool = False
-    ) -> Iterator[tuple[Any, Any, Path]]:
-        """Start the process of a stage, or of an assistant; yield it, its pipe and its log."""
+    ) -> Iterator[tuple[Child, Path]]:
+        """Give a stage, or an assistant of it, to a child; yield the child and the log."""
         log = self._logs / f"{node.name.replace('@', '-')}{'-assistant' * assist}.log"
-        ours, theirs = self._context.Pipe(duplex=False)
-        process = self._context.Process(
-            target=_work,
-            args=(node.stage, node.item, str(self._root), theirs, devices, str(log), assist),
-            daemon=True,
-        )
-        with self._starting, _without_main():
-            process.start()
-            self._running.add(process)
-        theirs.close()
-        if self.stopped:  # meanwhile
-            process.kill()
+        environment = {k: v for k, v in os.environ.items() if k.startswith(OURS)}
+        job = Job(node.stage, node.item, str(self._root), str(log), environment, assist)
+        stays = node.stage in RESIDENT and not assist
+        child = resident.take(devices) if stays else None
+        if child is None:
+            resident.make_room(devices)
+            with self._starting, _without_main():
+                child = Child(self._context, devices, hide=self.slots.gpus > 0)
+        self._running.add(child.process)
         try:
-            yield process, ours, log
+            child.pipe.send(job)
+            if self.stopped:  # meanwhile
+                child.process.kill()
+            yield child, log
         finally:
-            if process.is_alive():
-                process.kill()
-            process.join()
-            self._running.discard(process)
-            ours.close()
+            self._running.discard(child.process)
+            if stays and child.finished and not self.stopped:
+                resident.keep(child)
+            else:
+                child.end()
 
     @contextmanager
     def _assisted(self, node: Node) -> Iterator[None]:
@@ -219,41 +227,41 @@ class Workers:
             with self.slots.spare(node.gpus) as devices:
                 if devices is None:
                     continue
-                with self._started(node, devices, assist=True) as (process, _, _):
-                    while process.is_alive() and not self.slots.wanted:
-                        if ended.wait(ASSIST_EVERY):
-                            return
-                    if not process.is_alive():  # it found nothing more to do
-                        return
+                with self._started(node, devices, assist=True) as (child, _):
+                    while child.process.is_alive() and not self.slots.wanted:
+                        if ended.wait(ASSIST_EVERY) or child.pipe.poll():
+                            return  # the stage has ended, or nothing is left to do
 
     def _follow(
-        self, node: Node, process: Any, pipe: Any, emit: Callable[[Progress], None], log: Path
-    ) -> None:
+        self, node: Node, child: Child, emit: Callable[[Progress], None], log: Path
+    ) -> Usage:
         deadline = time.monotonic() + node.timeout
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
-                process.kill()
+                child.process.kill()
                 raise StageCrashed(
                     f"{node.name} ran longer than {node.timeout:.0f} s and was killed; "
                     "raise meta.timeout in dvc.yaml if it needs more"
                 )
-            if not connection.wait([pipe], timeout=left):
+            if not connection.wait([child.pipe], timeout=left):
                 continue
             try:
-                kind, *content = pipe.recv()
-            except EOFError:
-                process.join()
+                kind, *content = child.pipe.recv()
+            except (EOFError, ConnectionError):
+                child.process.join()
                 if self.stopped:
                     raise StageFailed(f"{node.name} was stopped") from None
                 raise StageCrashed(
-                    f"{node.name}: its process died with exit code {process.exitcode}{_tail(log)}"
+                    f"{node.name}: its process died with exit code {child.process.exitcode}"
+                    f"{_tail(log)}"
                 ) from None
             match kind:
                 case "progress":
                     emit(content[0])
                 case "done":
-                    return
+                    child.finished = True
+                    return dict(content[0])
                 case "error":
                     raise StageFailed(f"{node.name}: {content[0]}", content[1])
                 case "crash":
@@ -270,32 +278,43 @@ def check_command(node: Node) -> None:
         )
 
 
-def _work(
-    stage: str, item: str, root: str, pipe: Any, devices: list[str], log: str, assist: bool
-) -> None:
-    """Do one stage, or assist it; the body of a child process."""
+def _work(pipe: Any, visible: str | None) -> None:
+    """Do jobs until nobody is left to send one; the body of a child process."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
-    _redirect(log)
-    if devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    os.chdir(root)
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_done(job, pipe))
+
+
+def _done(job: Job, pipe: Any) -> tuple[Any, ...]:
+    """Do a job; return the last message about it."""
+    _redirect(job.log)
+    for name in [name for name in os.environ if name.startswith(OURS)]:
+        del os.environ[name]
+    os.environ.update(job.environment)
+    os.chdir(job.root)
     from tasks.__main__ import perform
     from taskvec import params
 
     def emit(progress: Progress) -> None:
-        if not assist:
+        if not job.assist:
             pipe.send(("progress", progress))
 
+    meter = Meter()
     try:
         loaded = params.load(Path("params.yaml"))
-        perform(stage, item, loaded, Path(root), emit, assist=assist)
+        perform(job.stage, job.item, loaded, Path(job.root), emit, assist=job.assist)
     except TaskvecError as error:
-        pipe.send(("error", str(error), error.exit_code))
+        return "error", str(error), error.exit_code
     except Exception:
-        pipe.send(("crash", traceback.format_exc()))
-    else:
-        pipe.send(("done",))
+        return "crash", traceback.format_exc()
+    return "done", meter.read()
 
 
 def _die_with_parent() -> None:

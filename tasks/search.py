@@ -9,16 +9,17 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
+from tasks import kept
 from tasks.artifacts import Artifacts
 from tasks.combine import basis_prefix, offset_prefix
-from tasks.inputs import architecture, check_origin, checkpoint
+from tasks.inputs import check_origin
 from tasks.stages import Emit, Progress
 from tasks.validation import Validation
 from taskvec import layered, plugins, streaming, tables
 from taskvec.answers import Answers
 from taskvec.atomic import write_text
 from taskvec.bootstrap import not_worse
-from taskvec.checkpoints import Weights, load
+from taskvec.checkpoints import Weights
 from taskvec.edits import weighted
 from taskvec.flat import FlatEditor
 from taskvec.lazy import Lazy
@@ -137,11 +138,9 @@ def posed(
     tasks = sorted({*objective.tasks, *(constraint.tasks if constraint else [])})
     references = {task: _reference(artifacts, task, seed) for task in tasks}
     goal = Goal(objective, references, constraint, select)
-    tower = architecture(model)
-    pretrained = checkpoint(artifacts.pretrained(), tower)
-    basis = load(artifacts.basis(edit, seed), "basis")
-    check_origin(basis, pretrained.fingerprint, f"the basis of {edit}")
-    with Memo(artifacts.memo()) as memo:
+    basis = kept.basis(artifacts, edit, seed)
+    with kept.base_model(artifacts, model) as (tower, pretrained), Memo(artifacts.memo()) as memo:
+        check_origin(basis, pretrained.fingerprint, f"the basis of {edit}")
         validation = Validation(artifacts, tower, tasks, memo)
         edits = _Edits(tower, pretrained, basis, validation)
         yield Problem(

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flows.nodes import Node
-from flows.workers import Slots, check_command, find_slots
+from flows.slots import Slots, find_slots
+from flows.workers import check_command
 from taskvec.errors import InvalidInput
 from tests.project import EXPERIMENT, ROOT
 
@@ -196,7 +197,8 @@ open("driver_was_imported", "a").write("x")
 
 from flows import workers as module
 from flows.nodes import Node
-from flows.workers import Slots, Workers
+from flows.slots import Slots
+from flows.workers import Workers
 
 module.ASSISTED = ()
 
