@@ -111,6 +111,7 @@ class Driver:
                 self._runs = RUNS
             with suppress(Exception):  # whoever runs is told what is wrong with MLflow
                 tracking.Connection(self._top).client  # noqa: B018
+        gc.freeze()  # what was imported is no garbage, and looking for it takes a second
 
     def serve(self, listening: socket.socket) -> None:
         """Do runs until something changes, or there were so many that a fresh start is due."""
@@ -120,7 +121,6 @@ class Driver:
             if request is None:
                 return
             ended = self._run(request)
-            gc.collect()
             self._free.release()  # before the client hears of the end, and may ask again
             request.tell("end", **ended)
         self._free.acquire()  # whoever asks now works without a driver

@@ -65,6 +65,7 @@ class Code:
         self._module = cache(self._read)
         self._parts = cache(self._split)
         self._loaded = cache(self._imported)
+        self._digest = cache(self._compute)
 
     def fingerprint(self, roots: Iterable[str]) -> str:
         """Return the md5 of all code that the roots reach.
@@ -72,6 +73,9 @@ class Code:
         Args:
             roots: ``package.module:function``, or ``package.module`` for everything in a module.
         """
+        return self._digest(tuple(roots))
+
+    def _compute(self, roots: Sequence[str]) -> str:
         queue: list[Target] = []
         for root in roots:
             name, _, function = root.partition(":")

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from configparser import ConfigParser
 from importlib.metadata import version
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def check(root: Path, params: Params) -> None:
 
 def code_fingerprints(params: Params) -> dict[str, Any]:
     """Return the contents of code.yaml: versions, and a digest of the code of every stage."""
-    code = Code(SOURCES)
+    code = _code()
     family = f"taskvec.models.{params.model.family}"
     result: dict[str, Any] = {
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
@@ -172,6 +173,12 @@ def code_fingerprints(params: Params) -> dict[str, Any]:
     # no stage depends on it: it is a part of the keys under which answers are remembered
     result["answers"] = code.fingerprint([*ANSWERS, ARITHMETIC, family])
     return result
+
+
+@cache
+def _code() -> Code:
+    """Return the code of this process, which is read once."""
+    return Code(SOURCES)
 
 
 def _by_edit(

@@ -183,6 +183,14 @@ def combine(artifacts, *, edit, seed, expression, vectors, emit):
         emit({"step": 1, "steps": 1})
     elif seed == 11:
         time.sleep(1.5)
+    elif seed == 12:
+        emit({"step": 1, "steps": 1, "process": os.getpid()})
+    elif seed == 14:
+        emit({"step": 1, "steps": 1, "none": float(os.environ["CUDA_VISIBLE_DEVICES"] == "")})
+    elif seed == 13:
+        full = bytearray(200 * 2**20)
+        while time.process_time() < 0.5:
+            pass
 
 def assist(artifacts, *, edit, seed, expression, vectors, emit):
     emit({"step": 7, "steps": 7})
@@ -209,8 +217,7 @@ def node(seed, timeout=60.0):
 def attempt(seed, timeout=60.0, devices=(), workers=None):
     workers, events, began = workers or warm, [], time.monotonic()
     try:
-        workers.run(node(seed, timeout), list(devices), events.append)
-        error = {}
+        error = {"used": workers.run(node(seed, timeout), list(devices), events.append)}
     except Exception as caught:
         error = {"kind": type(caught).__name__, "words": str(caught),
                  "code": getattr(caught, "exit_code", None)}
@@ -232,6 +239,25 @@ stopper = threading.Timer(1.0, stopped.stop, [15])
 stopper.start()
 found["stopped"] = attempt(9, workers=stopped)
 found["not started"] = attempt(9, workers=stopped)
+found["used"] = attempt(13)
+
+module.RESIDENT = ("combine",)
+def kept(seed=12, devices=(), workers=None):
+    events = attempt(seed, devices=devices, workers=workers)["events"]
+    return [event["process"] for event in events]
+
+found["kept"] = [*kept(), *kept(), *kept(devices="7"), *kept(devices="7"), *kept()]
+attempt(3)
+found["kept after an error"] = kept()
+module.RESIDENT = ()
+attempt(6, devices=["7"])
+time.sleep(0.2)
+found["living"] = [pid for pid in set(found["kept"]) if Path(f"/proc/{pid}").exists()]
+module.resident.retire(0.0)
+found["retired"] = [pid for pid in set(found["kept"]) if Path(f"/proc/{pid}").exists()]
+hidden = Workers(Path.cwd(), Slots(2, ["7"]))
+found["hidden"] = attempt(14, workers=hidden)
+
 module.ASSISTED, module.ASSIST_AFTER = ("combine",), 0.3
 
 def assisted(seed, slots):
@@ -340,6 +366,27 @@ def test_a_stage_is_killed_when_the_workers_are_stopped_and_no_other_one_begins(
 def test_a_stage_sees_its_devices_one_thread_and_the_checkout(attempts: dict[str, Any]) -> None:
     (event,) = attempts["devices"]["events"]
     assert (event["device"], event["threads"], event["here"]) == (7.0, 1.0, 1.0)
+
+
+def test_a_stage_without_a_gpu_sees_none(attempts: dict[str, Any]) -> None:
+    assert attempts["hidden"]["events"][0]["none"] == 1.0
+
+
+def test_what_a_stage_used_is_told(attempts: dict[str, Any]) -> None:
+    used = attempts["used"]["used"]
+    assert used["device"] == "cpu"
+    assert used["peak_memory_mib"] > attempts["steps"]["used"]["peak_memory_mib"] + 150
+    assert 0.2 < used["cpu_utilisation"] <= 1.5
+
+
+def test_a_stage_that_keeps_what_it_loads_stays_on_its_device_until_the_room_is_needed(
+    attempts: dict[str, Any],
+) -> None:
+    first, second, on_gpu, again_on_gpu, third = attempts["kept"]
+    assert first == second == third != on_gpu == again_on_gpu
+    assert attempts["kept after an error"] != [first]  # whatever it left is not used again
+    assert attempts["living"] == []  # one ended with its error, the other one made room
+    assert attempts["retired"] == []
 
 
 def test_an_idle_slot_assists_a_stage_until_somebody_wants_it(
