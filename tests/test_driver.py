@@ -116,9 +116,9 @@ def test_a_client_stops_its_run_and_whoever_comes_meanwhile_is_told(
     project.replace("params.yaml", "{steps: 6,", "{steps: 400,")
     try:
         for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+            before = _stages(driver.pid)
             client = project.start("run", "fine_tune@digits-0")
-            wait_until((project.root / ".taskvec/run.json").exists)
-            wait_until(lambda: _stages(driver.pid))
+            wait_until(lambda before=before: _stages(driver.pid) - before)
             if number == signal.SIGINT:
                 second = project.taskvec("run")
                 assert second.code == 6 and str(driver.pid) in second.err
@@ -179,8 +179,9 @@ def test_changed_code_is_never_run_from_memory(project: Project) -> None:
 
         # killed in the middle, it takes its stages along, and the next run goes on
         project.replace("params.yaml", "{steps: 6,", "{steps: 400,")
+        before = _stages(driver.pid)
         client = project.start("run", "fine_tune@digits-0")
-        wait_until(lambda: _stages(driver.pid))
+        wait_until(lambda: _stages(driver.pid) - before)
         below = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
         _, errors = client.communicate(timeout=30)
@@ -195,9 +196,9 @@ def test_changed_code_is_never_run_from_memory(project: Project) -> None:
     assert done.code == 0 and done.stages("run") == {"fine_tune@digits-0"}
 
 
-def _stages(driver: int) -> list[psutil.Process]:
-    children = psutil.Process(driver).children()
-    return [p for child in children for p in child.children() if p.cpu_times().user > 0.3]
+def _stages(driver: int) -> set[int]:
+    """Return the processes of stages, also of those that wait for another one."""
+    return {p.pid for child in psutil.Process(driver).children() for p in child.children()}
 
 
 def _last_log(project: Project) -> list[str]:
