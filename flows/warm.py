@@ -1,10 +1,30 @@
-"""What the fork server imports once, so that a stage process starts in milliseconds."""
+"""What the fork server imports once, so that a stage process starts in milliseconds.
 
+The fork server begins in the directory of params.yaml, and imports the model family of that alone:
+a family may need a library that takes seconds.
+"""
+
+import gc
 import importlib
+from contextlib import suppress
+from pathlib import Path
 
-from tasks.stages import NAMES
+gc.disable()  # nothing of what follows is garbage, and looking for it takes a quarter of the time
+
+from pandas import DataFrame  # noqa: E402
+from pandera.pandas import DataFrameSchema  # noqa: E402
+
+from tasks.stages import NAMES  # noqa: E402
+from taskvec import params, plugins  # noqa: E402
+from taskvec.errors import TaskvecError  # noqa: E402
 
 # Imported by a process that never computes: neither threads nor CUDA may start here.
 for _name in NAMES:
     importlib.import_module(f"tasks.{_name}")
-importlib.import_module("taskvec.models.open_clip")
+# What torch and pandera import when they are first used: a second that every stage would need.
+importlib.import_module("torch._inductor.config")
+DataFrameSchema().validate(DataFrame())
+with suppress(TaskvecError, OSError):  # the stage says what is wrong
+    plugins.load("models", params.load(Path("params.yaml")).model.family)
+gc.freeze()  # a stage that collected what it inherits would copy it
+gc.enable()
