@@ -24,6 +24,7 @@ from taskvec.errors import InvalidInput, TaskvecError
 
 WHEN = "TASKVEC_MLFLOW"  # the environment variable that says when a run is sent: now or later
 RETRY_SECONDS = 30.0  # after MLflow did not answer
+HURRY_SECONDS = 1.0  # that the end of a run that was interrupted waits
 QUIET_SECONDS = 7.0  # that the end of a run waits for an answer
 FLUSH_SECONDS = 60.0  # that it waits for a database on this machine that keeps answering
 OLDER_SECONDS = 5.0  # that it waits for what earlier runs left
@@ -193,8 +194,13 @@ class Tracker:
             fingerprint=fingerprint,
         )
 
-    def close(self, status: str) -> None:
-        """End the log, and wait a few seconds for what is not sent yet."""
+    def close(self, status: str, *, hurry: bool = False) -> None:
+        """End the log, and wait a few seconds for what is not sent yet.
+
+        Args:
+            status: FINISHED or FAILED.
+            hurry: wait a second at most.
+        """
         if self._log is None or self._closed.is_set():
             return
         with self._mutex:
@@ -209,9 +215,10 @@ class Tracker:
         began = time.monotonic()
         self._until = began + OLDER_SECONDS
         self._news.set()
-        while self._thread.is_alive() and time.monotonic() < self._limit(began):
+        while self._thread.is_alive() and time.monotonic() < self._limit(began, hurry):
             self._thread.join(0.02)
-        if self._delivery and not self._delivery.mark.done and not self._unwritten:
+        late = self._delivery is not None and not self._delivery.mark.done
+        if late and not self._unwritten and not hurry:
             self._warn(
                 f"MLflow does not answer ({self._trouble or 'in time'}); the record of this run is "
                 f"kept in {outbox.DIRECTORY}; the next run or `taskvec backfill` sends it"
@@ -238,8 +245,10 @@ class Tracker:
                 f"({self._unwritten}); free space or the directory's permissions, and run again"
             )
 
-    def _limit(self, began: float) -> float:
+    def _limit(self, began: float, hurry: bool) -> float:
         """Return until when the end of a run, which began at a time, waits for MLflow."""
+        if hurry:
+            return began + HURRY_SECONDS
         last = began + FLUSH_SECONDS
         connection = self._connection
         if connection.loading:

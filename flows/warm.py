@@ -11,9 +11,11 @@ from pathlib import Path
 
 gc.disable()  # nothing of what follows is garbage, and looking for it takes a quarter of the time
 
+import psutil  # noqa: E402
 from pandas import DataFrame  # noqa: E402
 from pandera.pandas import DataFrameSchema  # noqa: E402
 
+from flows.locking import mark_stages  # noqa: E402
 from tasks.stages import NAMES  # noqa: E402
 from taskvec import params, plugins  # noqa: E402
 from taskvec.errors import TaskvecError  # noqa: E402
@@ -26,5 +28,7 @@ importlib.import_module("torch._inductor.config")
 DataFrameSchema().validate(DataFrame())
 with suppress(TaskvecError, OSError):  # the stage says what is wrong
     plugins.load("models", params.load(Path("params.yaml")).model.family)
+with suppress(OSError, psutil.Error):
+    mark_stages(Path.cwd())
 gc.freeze()  # a stage that collected what it inherits would copy it
 gc.enable()
