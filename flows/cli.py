@@ -3,13 +3,16 @@
 import gc
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from taskvec.errors import TaskvecError
+from flows.ending import leave
+from flows.output import be_patient
+from taskvec.errors import Interrupted, TaskvecError
 
 if TYPE_CHECKING:
     from flows.lineage import Lineage
@@ -391,24 +394,32 @@ def ui() -> None:
 def main() -> None:
     """Run the command line; errors become one message and an exit code."""
     gc.set_threshold(OBJECTS)
+    be_patient()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as below nohup
+            signal.signal(number, _interrupt)
     try:
         code = app(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        leave(code if isinstance(code, int) else 0)
     except TaskvecError as error:
         _say(f"error: {error}")
-        sys.exit(error.exit_code)
+        leave(error.exit_code)
     except typer.Abort:
-        sys.exit(130)
+        leave(130)
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on where it stopped")
-        sys.exit(130)
+        leave(130)
     except Exception as error:
         # click's own usage errors know how to show themselves
         show = getattr(error, "show", None)
         if show is None:
             raise
         show()
-        sys.exit(getattr(error, "exit_code", 2))
+        leave(getattr(error, "exit_code", 2))
+
+
+def _interrupt(number: int, _: object) -> None:
+    raise Interrupted(number)
 
 
 def _root(experiment: str = "") -> Path:

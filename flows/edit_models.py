@@ -8,6 +8,7 @@ processes (flows/workers.py) as soon as their upstream is done, and records what
 import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,21 +16,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows import assets
+from flows import assets, ending
 from flows.dag import Dag
 from flows.nodes import Listener, Node, Outcome
 from flows.recording import StageRecord, Tracker
+from flows.redaction import reason
 from flows.servers import Prefect, mlflow_url, running_prefect, started_prefect
 from flows.slots import Slots
 from flows.usage import Usage
 from flows.workers import StageCrashed, StageFailed, Workers
 from tasks.artifacts import Artifacts
 from tasks.stages import Progress
-from taskvec.errors import Interrupted, TaskvecError
+from taskvec.errors import Interrupted, ServiceUnreachable, TaskvecError
 
 RETRIES = 1
 FLUSH_SECONDS = 1.0
 PROGRESS_SECONDS = 0.5  # at most one metric a stage in this time; the last step always
+# What fails is told by the flow itself, once.
+QUIET = {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL"}
+BEGIN_SECONDS = 20.0  # that Prefect may take to begin a flow run
+END_SECONDS = 10.0  # that it may take to end one: by then the work is done
+STOP_SECONDS = 1.0  # the same after Ctrl-C
 
 
 @dataclass
@@ -43,6 +50,9 @@ class Run:
     tracker: Tracker
     listener: Listener
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    asked: float = float("inf")  # when Prefect was asked to begin, by the monotonic clock
+    begun: threading.Event = field(default_factory=threading.Event)
+    settled: threading.Event = field(default_factory=threading.Event)  # every stage has an outcome
 
 
 def run_flow(
@@ -62,7 +72,10 @@ def run_flow(
     workers.start()
     with ExitStack() as stack:
         # The server needs seconds; so do the fork server and MLflow, at the same time.
-        server = running_prefect(root) or stack.enter_context(started_prefect(root, ui=False))
+        server = running_prefect(root)
+        if server is None:
+            server = stack.enter_context(started_prefect(root, ui=False))
+            stack.callback(ending.give_up)  # once it is stopped, nobody can tell it anything
         use(server)
         tracker = Tracker(root, listener.note)
         run = Run(root, dag, stale, workers, tracker, listener)
@@ -70,12 +83,14 @@ def run_flow(
         listener.stoppable(workers.stop)
         status = "FAILED"
         try:
-            asyncio.run(_with_prefect(run))
+            flow = _Flow(run)
+            flow.work()
             failed = any(outcome.how in ("failed", "not run") for outcome in run.outcomes.values())
             status = "FAILED" if failed else "FINISHED"
         finally:
             dag.flush()
-            tracker.close(status)
+            tracker.close(status, hurry=bool(workers.stopped))
+        flow.end()
     if workers.stopped:
         raise Interrupted(workers.stopped)
     return [run.outcomes[node.address] for node in stale if node.address in run.outcomes]
@@ -83,19 +98,76 @@ def run_flow(
 
 def use(server: Prefect) -> None:
     """Make a server the one of this process; Prefect reads it once, when it is imported."""
-    os.environ.update({"PREFECT_LOGGING_LEVEL": "CRITICAL", **server.environment})
+    os.environ.update({**QUIET, **server.environment})
+
+
+class _Flow:
+    """The flow, on a thread of its own: a Prefect server that is gone keeps nobody waiting.
+
+    Prefect needs its server to begin and to end a flow run, and tries for minutes. What happens
+    between, the stages, needs none.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._body, name="flow", daemon=True)
+
+    def work(self) -> None:
+        """Run the flow until every stage has an outcome.
+
+        Raises:
+            ServiceUnreachable: the flow run does not begin.
+        """
+        run = self._run
+        self._thread.start()
+        while self._thread.is_alive() and not run.settled.wait(0.05):
+            late = time.monotonic() > run.asked + BEGIN_SECONDS
+            if not run.begun.is_set() and (late or run.workers.stopped):
+                break
+        if run.settled.is_set() or run.workers.stopped:
+            return
+        ending.give_up()
+        if self._error is not None and run.begun.is_set():
+            raise self._error
+        why = reason(self._error) if isinstance(self._error, Exception) else "in time"
+        raise ServiceUnreachable(
+            f"the Prefect server at {os.environ['PREFECT_API_URL']} does not answer ({why}); "
+            "start it again, or unset PREFECT_API_URL to use a server of this run's own"
+        )
+
+    def end(self) -> None:
+        """Wait until Prefect has noted the end, but not for long."""
+        stopped = self._run.workers.stopped
+        self._thread.join(STOP_SECONDS if stopped else END_SECONDS)
+        if self._error is None and not self._thread.is_alive():
+            return
+        ending.give_up()
+        if not stopped:
+            self._run.listener.note(
+                "the Prefect server does not answer; it will not show how this run ended"
+            )
+
+    def _body(self) -> None:
+        try:
+            asyncio.run(_with_prefect(self._run))
+        except BaseException as error:
+            self._error = error
 
 
 @contextmanager
 def _stopping(workers: Workers) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM kill the running stages, so that the flow ends by itself."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda n, _: workers.stop(n)) for number in signals]
+    """Let Ctrl-C, SIGTERM and SIGHUP kill the running stages, so that the flow ends by itself."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in signals}
+    heard = [number for number in signals if before[number] != signal.SIG_IGN]  # not below nohup
+    for number in heard:
+        signal.signal(number, lambda n, _: workers.stop(n))
     try:
         yield
     finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
+        for number in heard:
+            signal.signal(number, before[number])
 
 
 async def _with_prefect(run: Run) -> None:
@@ -138,6 +210,7 @@ async def _with_prefect(run: Run) -> None:
         del stages  # shown by Prefect as the parameter of the run
         context = FlowRunContext.get()
         flow_run = context.flow_run if context else None
+        run.begun.set()
         run.tracker.start(_run_tags(run, str(flow_run.id) if flow_run else ""))
         futures: dict[str, Any] = {}
         for node in run.nodes:
@@ -148,6 +221,7 @@ async def _with_prefect(run: Run) -> None:
         for node in run.nodes:
             if node.address not in run.outcomes:
                 run.outcomes[node.address] = Outcome(node.name, "not run", error="upstream failed")
+        run.settled.set()
         await create_table_artifact(  # type: ignore[misc]
             key="stages", table=_table(run), description="What became of each stage"
         )
@@ -159,6 +233,7 @@ async def _with_prefect(run: Run) -> None:
         if failed or run.workers.stopped:
             raise StageFailed(f"{len(failed)} stages failed: {', '.join(o.name for o in failed)}")
 
+    run.asked = time.monotonic()
     try:
         await edit_models([node.name for node in run.nodes])
     except StageFailed:

@@ -12,8 +12,8 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from configparser import ConfigParser
-from importlib.metadata import version
 from functools import cache
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import Any

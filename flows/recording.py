@@ -5,6 +5,7 @@ becomes of that thread, the run goes on, and what was not sent is kept.
 """
 
 import json
+import os
 import re
 import threading
 import time
@@ -21,9 +22,11 @@ from flows.store import content
 from flows.usage import split
 from tasks.artifacts import Artifacts
 from taskvec import headers
-from taskvec.errors import TaskvecError
+from taskvec.errors import InvalidInput, TaskvecError
 
+WHEN = "TASKVEC_MLFLOW"  # the environment variable that says when a run is sent: now or later
 RETRY_SECONDS = 30.0  # after MLflow did not answer
+HURRY_SECONDS = 1.0  # that the end of a run that was interrupted waits
 QUIET_SECONDS = 7.0  # that the end of a run waits for an answer
 FLUSH_SECONDS = 60.0  # that it waits for a database on this machine that keeps answering
 OLDER_SECONDS = 5.0  # that it waits for what earlier runs left
@@ -77,6 +80,7 @@ class Tracker:
         self._log: outbox.Log | None = None
         self._delivery: tracking.Delivery | None = None
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._later = sends_later()
         self._mutex = threading.Lock()  # nothing follows the last event of a log
         self._begun: dict[str, int] = {}  # address -> number of its event
         self._unwritten = ""
@@ -93,13 +97,15 @@ class Tracker:
         return f"{place}/#/experiments/{experiment}/runs/{run}" if server and run else ""
 
     def start(self, tags: Mapping[str, str]) -> None:
-        """Begin a log, and send it to MLflow as it grows.
+        """Begin a log, and send it to MLflow as it grows, unless that is to be done later.
 
         Args:
             tags: of the run; ``name`` is for people. Who runs what here is added.
         """
         self.keep(tags)
-        if self._log:
+        if self._log and self._later:
+            self._settle()
+        elif self._log:
             self._thread.start()
 
     def keep(self, tags: Mapping[str, str]) -> None:
@@ -207,8 +213,13 @@ class Tracker:
             fingerprint=fingerprint,
         )
 
-    def close(self, status: str) -> None:
-        """End the log, and wait a few seconds for what is not sent yet."""
+    def close(self, status: str, *, hurry: bool = False) -> None:
+        """End the log, and wait a few seconds for what is not sent yet.
+
+        Args:
+            status: FINISHED or FAILED.
+            hurry: wait a second at most.
+        """
         if self._log is None or self._closed.is_set():
             return
         with self._mutex:
@@ -223,9 +234,10 @@ class Tracker:
         began = time.monotonic()
         self._until = began + OLDER_SECONDS
         self._news.set()
-        while self._thread.is_alive() and time.monotonic() < self._limit(began):
+        while self._thread.is_alive() and time.monotonic() < self._limit(began, hurry):
             self._thread.join(0.02)
-        if self._delivery and not self._delivery.mark.done and not self._unwritten:
+        late = self._delivery is not None and not self._delivery.mark.done
+        if late and not self._unwritten and not hurry:
             self._warn(
                 f"MLflow does not answer ({self._trouble or 'in time'}); the record of this run is "
                 f"kept in {outbox.DIRECTORY}; the next run or `taskvec backfill` sends it"
@@ -252,8 +264,10 @@ class Tracker:
                 f"({self._unwritten}); free space or the directory's permissions, and run again"
             )
 
-    def _limit(self, began: float) -> float:
+    def _limit(self, began: float, hurry: bool) -> float:
         """Return until when the end of a run, which began at a time, waits for MLflow."""
+        if hurry:
+            return began + HURRY_SECONDS
         last = began + FLUSH_SECONDS
         connection = self._connection
         if connection.loading:
@@ -264,8 +278,7 @@ class Tracker:
 
     def _work(self) -> None:
         """Send the log as it grows, then what earlier runs left."""
-        with suppress(OSError, ValueError, KeyError):
-            outbox.settle(self._top)
+        self._settle()
         assert self._log is not None and self._delivery is not None
         older = self._older()
         while True:
@@ -285,6 +298,11 @@ class Tracker:
                 self._news.wait()
         self._log.release()
 
+    def _settle(self) -> None:
+        """Close the logs of killed runs."""
+        with suppress(OSError, ValueError, KeyError):
+            outbox.settle(self._top)
+
     def _older(self) -> Iterator[None]:
         """Send what earlier runs left; pauses when this run has news."""
         for run in tracking.dead_runs(self._connection):
@@ -295,6 +313,21 @@ class Tracker:
     def _busy(self) -> bool:
         """Return whether what earlier runs left has to wait."""
         return self._news.is_set() or time.monotonic() > self._until
+
+
+def sends_later() -> bool:
+    """Return whether the environment says that runs are sent to MLflow later, by `backfill`.
+
+    Raises:
+        InvalidInput: it says something else.
+    """
+    value = os.environ.get(WHEN, "now")
+    if value not in ("now", "later"):
+        raise InvalidInput(
+            f"{WHEN} is {value!r}; set it to `now`, or to `later` to send the record of runs to "
+            "MLflow with `taskvec backfill`"
+        )
+    return value == "later"
 
 
 def recipe(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,23 +105,36 @@ class Project:
     server: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def create(cls, root: Path, server: dict[str, str]) -> "Project":
-        """Copy the tracked files (as they are now) and put the tiny experiment in."""
+    def create(
+        cls,
+        root: Path,
+        server: dict[str, str],
+        experiment: str = "",
+        more: Mapping[str, str] | None = None,
+        without: Collection[str] = (),
+    ) -> "Project":
+        """Copy the tracked files (as they are now) and put an experiment in.
+
+        Args:
+            root: where to.
+            server: the environment of the commands, beside this process's own.
+            experiment: the text of params.yaml; default: the tiny experiment.
+            more: texts of further files.
+            without: directories that are left out.
+        """
         listing = subprocess.run(
             ["git", "ls-files", "-co", "--exclude-standard", "-z"],
             cwd=ROOT, capture_output=True, check=True, text=True,
         )  # fmt: skip
         for name in listing.stdout.split("\0"):
             source = ROOT / name
-            if name and source.is_file() and not name.endswith(".lock"):
+            wanted = name and name.partition("/")[0] not in without and not name.endswith(".lock")
+            if wanted and source.is_file():
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, root / name)
-        text = EXPERIMENT
-        committed = json.loads(json.dumps(_tasks()))
-        for task in ("digits", "faces"):
-            source = json.dumps(committed[task]["data"]["source"])
-            text = text.replace(f"SOURCE_{task.upper()}", source)
-        (root / "params.yaml").write_text(text)
+        (root / "params.yaml").write_text(experiment or _tiny())
+        for name, text in (more or {}).items():
+            (root / name).write_text(text)
         (root / ".env").write_text("".join(f"{name}={value}\n" for name, value in SECRETS.items()))
         project = cls(root, server)
         project.command("git", "init", "-q")
@@ -192,7 +206,11 @@ def result(code: int, out: str, err: str) -> Result:
     return Result(code, out, err, {name: how for how, name in found})
 
 
-def _tasks() -> Any:
+def _tiny() -> str:
     from taskvec import params
 
-    return params.plain(params.read(ROOT / "params.yaml"))["tasks"]
+    tasks: Any = params.plain(params.read(ROOT / "params.yaml"))["tasks"]
+    text = EXPERIMENT
+    for task in ("digits", "faces"):
+        text = text.replace(f"SOURCE_{task.upper()}", json.dumps(tasks[task]["data"]["source"]))
+    return text
