@@ -122,6 +122,10 @@ class FineTune(Section):
     ``direction: ascend`` maximises the loss instead (the baseline gradient ascent of
     arXiv:2212.04089, section 3); ``stop_after`` ends after some of the steps, with the schedule of
     all of them: a checkpoint along the way.
+
+    The last three say how it is computed (docs/training.md): ``bf16`` keeps weights and results in
+    float32, ``compile`` has torch.compile translate the tower, and a batch goes through the tower
+    in pieces of ``micro_batch`` items.
     """
 
     steps: Count
@@ -132,11 +136,21 @@ class FineTune(Section):
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     direction: Literal["descend", "ascend"] = "descend"
     stop_after: Count | None = None
+    precision: Literal["float32", "bf16"] = "float32"
+    compile: bool = False
+    micro_batch: Count | None = None
 
     @model_validator(mode="after")
     def _stops_within(self) -> Self:
         if self.stop_after and self.stop_after > self.steps:
             raise Misplaced(f"stops after {self.stop_after} of {self.steps} steps", "stop_after")
+        return self
+
+    @model_validator(mode="after")
+    def _pieces_of_a_batch(self) -> Self:
+        if self.micro_batch and self.micro_batch > self.batch_size:
+            message = f"pieces of {self.micro_batch} items of a batch of {self.batch_size}"
+            raise Misplaced(message, "micro_batch")
         return self
 
 
@@ -151,6 +165,9 @@ class FineTuneOverrides(Section):
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     direction: Literal["descend", "ascend"] | None = None
     stop_after: Count | None = None
+    precision: Literal["float32", "bf16"] | None = None
+    compile: bool | None = None
+    micro_batch: Count | None = None
 
 
 class Task(Section):

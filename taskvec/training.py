@@ -6,6 +6,7 @@ norm clipped as in its code; the number of steps, batch and rate are in params.y
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import cos, pi
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from taskvec.errors import InvalidData
+from taskvec.passes import Passage
 from taskvec.sections import FineTune
 from taskvec.towers import PREFIX, Tower
 
@@ -47,6 +49,7 @@ def fine_tune(
     recipe: FineTune,
     seed: int,
     on_step: Callable[[Step], None] = lambda step: None,
+    passage: Passage | None = None,
 ) -> list[Step]:
     """Train the tower in place and return every step.
 
@@ -56,10 +59,13 @@ def fine_tune(
         recipe: steps, batch size, rate and so on; ``ascend`` makes the loss large instead.
         seed: decides the order of the pictures.
         on_step: is told every step while training goes on.
+        passage: how batches go through the tower; made of the recipe, for one process, if None.
 
     Raises:
         InvalidData: the loss is NaN or infinite.
+        OutOfMemory: a step does not fit into the memory; see `Passage` for this and more.
     """
+    passage = passage or Passage(tower, recipe)
     names = set(tower.edited())
     parameters = []
     for name, parameter in tower.module.named_parameters():
@@ -77,13 +83,12 @@ def fine_tune(
         rate = recipe.learning_rate * schedule(number, recipe.steps, recipe.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = _loss(tower, heads, lessons, batch)
+        part = partial(_loss, passage, heads, lessons, len(batch))
+        loss = passage.gradient(number, batch, parameters, part, sign)
         if not torch.isfinite(loss):
             raise InvalidData(
                 f"the loss is {loss.item()} at step {number}; use a smaller fine_tune.learning_rate"
             )
-        optimizer.zero_grad(set_to_none=True)
-        (sign * loss).backward()
         torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
         optimizer.step()
         steps.append(Step(number, loss.item(), rate))
@@ -94,22 +99,29 @@ def fine_tune(
 
 
 def _loss(
-    tower: Tower, heads: Sequence[Tensor], lessons: Sequence[Lesson], batch: Tensor
+    passage: Passage,
+    heads: Sequence[Tensor],
+    lessons: Sequence[Lesson],
+    items: int,
+    piece: Tensor,
 ) -> Tensor:
-    """Return the mean cross-entropy of a batch of positions in the lessons, one after the other."""
+    """Return what a piece of a batch adds to the mean cross-entropy of its items.
+
+    The piece holds positions in the lessons, one after the other.
+    """
     images, labels, start = [], [], 0
     for lesson in lessons:
-        own = batch[(batch >= start) & (batch < start + len(lesson.labels))] - start
+        own = piece[(piece >= start) & (piece < start + len(lesson.labels))] - start
         images.append(lesson.images[own])
-        labels.append(lesson.labels[own].to(tower.device))
+        labels.append(lesson.labels[own].to(heads[0].device))
         start += len(lesson.labels)
-    features = tower.features(torch.cat(images)).split([len(part) for part in labels])
+    features = passage.features(torch.cat(images)).split([len(part) for part in labels])
     losses = [
         functional.cross_entropy(part @ head.T, label, reduction="sum")
         for part, head, label in zip(features, heads, labels, strict=True)
         if len(label)
     ]
-    return torch.stack(losses).sum() / len(batch)
+    return torch.stack(losses).sum() / items
 
 
 def batches(items: int, recipe: FineTune, seed: int) -> Iterator[Tensor]:
