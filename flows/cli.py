@@ -26,6 +26,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+services_app = typer.Typer(no_args_is_help=True, help="Servers that outlive the command.")
+app.add_typer(services_app, name="services")
+
 Targets = Annotated[
     list[str] | None,
     typer.Argument(help="Stages, tasks, edits, or `results` (all seeds); default: all of dvc.yaml"),
@@ -46,29 +49,14 @@ def run(
     wait: Annotated[bool, typer.Option("--wait", help="Wait for another run to end")] = False,
 ) -> None:
     """Bring stages up to date: run what is stale, and nothing else."""
-    from flows import locking
+    from flows.running import bring_up_to_date
 
     root = _root(experiment)
     if data_root:
         os.environ["TASKVEC_DATA"] = str(data_root.absolute())
-    with locking.held(root, "taskvec run", wait=wait):
-        locking.sweep(root)
-        dag, nodes = _plan(root, targets or [], repair=True)
-        stale = [node for node in nodes if node.reasons]
-        if not stale:
-            _say(f"nothing to do: {len(nodes)} stages are up to date")
-            _tell_unsent(root)
-            return
-        from flows.edit_models import run_flow
-        from flows.terminal import Terminal
-        from flows.workers import check_command, find_slots
-
-        for node in stale:
-            check_command(node)
-        _check_data(root, stale)
-        with Terminal(len(stale)) as terminal:
-            outcomes = run_flow(root, dag, nodes, find_slots(slots), terminal.listener())
-    _finish(root, nodes, outcomes)
+    nodes, outcomes = bring_up_to_date(root, targets or [], slots=slots, wait=wait, say=_say)
+    if outcomes:
+        _finish(root, nodes, outcomes)
 
 
 @app.command()
@@ -392,6 +380,37 @@ def ui() -> None:
     serve(_root(), typer.echo)
 
 
+@services_app.command("up")
+def services_up(
+    prefect_port: Annotated[int, typer.Option(help="Default: as last time, or a free one")] = 0,
+    mlflow_port: Annotated[int, typer.Option(help="Default: as last time, or a free one")] = 0,
+) -> None:
+    """Start Prefect, MLflow, a worker, the watcher and the driver, and keep them running."""
+    from flows import services
+
+    services.up(_root(), {"prefect": prefect_port, "mlflow": mlflow_port}, _say)
+
+
+@services_app.command("status")
+def services_status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Say what runs; exit code 7 if something that should does not."""
+    from flows import services
+
+    rows = services.status(_root())
+    typer.echo(json.dumps(rows, indent=2) if as_json else services.table(rows))
+    sys.exit(0 if services.healthy(rows) else 7)
+
+
+@services_app.command("down")
+def services_down() -> None:
+    """Stop all services of this checkout."""
+    from flows import services
+
+    services.down(_root(), _say)
+
+
 def main() -> None:
     """Run the command line; errors become one message and an exit code."""
     gc.set_threshold(OBJECTS)
@@ -419,14 +438,16 @@ def _root(experiment: str = "") -> Path:
     """Return the directory of params.yaml, and make it the working directory."""
     if not experiment:
         return Path.cwd()
-    from tasks.artifacts import experiments
-    from taskvec.errors import InvalidInput, nearest
+    from flows.running import experiment_root
 
-    known = experiments(Path.cwd())
-    if experiment not in known:
-        raise InvalidInput(f"no experiment {experiment!r}; {nearest(experiment, known)}")
-    os.chdir(known[experiment])
-    return known[experiment]
+    return experiment_root(Path.cwd(), experiment)
+
+
+def _plan(root: Path, targets: list[str], *, repair: bool) -> tuple["Dag", list["Node"]]:
+    """Check the parameters, render what follows from them, and ask DVC what is stale."""
+    from flows.running import planned
+
+    return planned(root, targets, repair=repair, say=_say)
 
 
 def _verify_received(directory: Path, key: Path | None, as_json: bool) -> None:
@@ -446,54 +467,10 @@ def _lineage(experiment: str = "") -> "Lineage":
     return Lineage(_root(experiment))
 
 
-def _check_data(root: Path, stale: list["Node"]) -> None:
-    """Raise MissingArtifact if external data that a stale stage reads is not there."""
-    wanted = {node.item for node in stale if node.stage == "prepare"}
-    if not wanted:
-        return
-    from taskvec import params as parameters
-    from taskvec.datasets import external
-    from taskvec.errors import MissingArtifact
-
-    tasks = parameters.load(root / "params.yaml").tasks
-    lines = external.missing({name: tasks[name] for name in wanted if name in tasks})
-    if lines:
-        raise MissingArtifact("\n".join(["data is missing:", *lines]))
-
-
-def _plan(root: Path, targets: list[str], *, repair: bool) -> tuple["Dag", list["Node"]]:
-    """Check the parameters, render what follows from them, and ask DVC what is stale."""
-    from flows import plan, rendering
-    from taskvec import params as parameters
-
-    if not rendering.is_fresh(root):
-        params = parameters.load(root / "params.yaml")
-        for path in plan.write(root, params):
-            _say(f"rendered {path.relative_to(root)}")
-        rendering.remember(root)
-    from flows.dag import Dag
-
-    dag = Dag(root)
-    if repair:
-        dag.repair()
-    return dag, dag.plan(targets)
-
-
 def _origin_notes(stale: list["Node"]) -> list[str]:
     if any(node.stage == "pretrain" for node in stale):
         return ["the pre-trained model may change: every vector then gets a new origin"]
     return []
-
-
-def _tell_unsent(root: Path) -> None:
-    """Close the logs of killed runs, and say which wait to be sent: that takes seconds."""
-    from flows import outbox
-    from tasks.artifacts import Artifacts
-
-    top = Artifacts(root).top
-    outbox.settle(top)
-    if runs := outbox.unsent(top):
-        _say(f"runs not sent to MLflow yet: {len(runs)}; `taskvec backfill` sends them")
 
 
 def _retraction_notes() -> list[str]:
