@@ -28,6 +28,8 @@ app = typer.Typer(
 
 services_app = typer.Typer(no_args_is_help=True, help="Servers that outlive the command.")
 app.add_typer(services_app, name="services")
+schedule_app = typer.Typer(no_args_is_help=True, help="When deployments run by themselves.")
+app.add_typer(schedule_app, name="schedule")
 
 Targets = Annotated[
     list[str] | None,
@@ -47,11 +49,21 @@ def run(
     ] = None,
     slots: Annotated[int | None, typer.Option(min=1, help="CPU slots; default: cores")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for another run to end")] = False,
+    values: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of params.yaml; the run is in a worktree of its own"),
+    ] = None,
 ) -> None:
     """Bring stages up to date: run what is stale, and nothing else."""
     from flows.running import bring_up_to_date
 
     root = _root(experiment)
+    if values:
+        from flows import overrides
+
+        root = overrides.checkout(root, overrides.parsed(values))
+        os.chdir(root)
+        _say(f"with other values: {root}")
     if data_root:
         os.environ["TASKVEC_DATA"] = str(data_root.absolute())
     nodes, outcomes = bring_up_to_date(root, targets or [], slots=slots, wait=wait, say=_say)
@@ -409,6 +421,46 @@ def services_down() -> None:
     from flows import services
 
     services.down(_root(), _say)
+
+
+@app.command()
+def deploy() -> None:
+    """Check prefect.yaml, and tell Prefect of its deployments, triggers and notifications."""
+    from flows import deploy as deploying
+
+    deploying.deploy(_root(), _say)
+
+
+@schedule_app.command("list")
+def schedule_list(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Say what runs when."""
+    from flows import schedule
+
+    found = schedule.entries(_root())
+    rows = schedule.described(found)
+    typer.echo(json.dumps(rows, indent=2) if as_json else schedule.table(found))
+
+
+@schedule_app.command("pause")
+def schedule_pause(
+    name: Annotated[str, typer.Argument(help="A deployment of prefect.yaml")],
+) -> None:
+    """Let a deployment run by hand only."""
+    from flows import schedule
+
+    typer.echo(schedule.table(schedule.switch(_root(), name, active=False)))
+
+
+@schedule_app.command("resume")
+def schedule_resume(
+    name: Annotated[str, typer.Argument(help="A deployment of prefect.yaml")],
+) -> None:
+    """Let a deployment run by itself again."""
+    from flows import schedule
+
+    typer.echo(schedule.table(schedule.switch(_root(), name, active=True)))
 
 
 def main() -> None:
