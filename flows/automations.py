@@ -76,10 +76,12 @@ async def _create(root: Path, names: Sequence[str], url: str | None) -> str:
 
 async def _webhook(name: str, url: str) -> Any:
     from prefect.blocks.webhook import Webhook
+    from prefect.types import SecretDict
     from pydantic import SecretStr
 
-    block = Webhook(url=SecretStr(url), headers={"Content-Type": "application/json"})
-    return await block.save(name, overwrite=True)  # type: ignore[misc]
+    headers = SecretDict({"Content-Type": "application/json"})
+    saving: Any = Webhook(url=SecretStr(url), headers=headers).save(name, overwrite=True)
+    return await saving
 
 
 async def _deployments(client: "PrefectClient", root: Path, names: Sequence[str]) -> list[str]:
@@ -94,7 +96,7 @@ def _automation(what: str, name: str, block: Any, deployments: list[str]) -> Any
     from prefect.events.actions import CallWebhook
     from prefect.events.schemas.automations import EventTrigger, Posture
 
-    related = {"prefect.resource.role": "deployment", "prefect.resource.id": deployments}
+    related: Any = {"prefect.resource.role": "deployment", "prefect.resource.id": deployments}
     times: dict[str, Any] = {"expect": FAILED}
     if what == "recovery":
         times = {"after": FAILED, "expect": COMPLETED, "within": REMEMBERED}

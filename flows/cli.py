@@ -443,6 +443,17 @@ def schedule_list(
     typer.echo(json.dumps(rows, indent=2) if as_json else schedule.table(found))
 
 
+@schedule_app.command("start")
+def schedule_start(
+    name: Annotated[str, typer.Argument(help="A deployment of prefect.yaml")],
+) -> None:
+    """Let a deployment run now; a worker does it."""
+    from flows import schedule
+
+    identifier, run = schedule.start(_root(), name)
+    typer.echo(f"{run} {identifier}")
+
+
 @schedule_app.command("pause")
 def schedule_pause(
     name: Annotated[str, typer.Argument(help="A deployment of prefect.yaml")],

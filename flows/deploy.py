@@ -115,8 +115,8 @@ def _check(root: Path, item: Mapping[str, Any]) -> None:
     entrypoint = str(item.get("entrypoint", ""))
     flow = entrypoint.removeprefix(ENTRYPOINT)
     if flow not in PARAMETERS:
-        known = [f"{ENTRYPOINT}{name}" for name in PARAMETERS]
-        raise InvalidInput(f"no flow {entrypoint!r}; {nearest(entrypoint, known)}")
+        flows = [f"{ENTRYPOINT}{name}" for name in PARAMETERS]
+        raise InvalidInput(f"no flow {entrypoint!r}; {nearest(entrypoint, flows)}")
     parameters = _mapping(item, "parameters")
     for key in parameters:
         if key not in PARAMETERS[flow]:

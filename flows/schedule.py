@@ -55,6 +55,17 @@ def switch(root: Path, name: str, *, active: bool) -> list[Entry]:
     return ask(_switch(root, name, active=active))
 
 
+def start(root: Path, name: str) -> tuple[str, str]:
+    """Let a deployment run now; return the id and the name of the flow run.
+
+    Raises:
+        InvalidInput: there is no such deployment.
+        ServiceUnreachable: no server runs.
+    """
+    connected(root)
+    return ask(_start(root, name))
+
+
 def table(found: list[Entry]) -> str:
     """Return entries as text."""
     if not found:
@@ -87,10 +98,7 @@ async def _switch(root: Path, name: str, *, active: bool) -> list[Entry]:
     from prefect.client.orchestration import get_client
 
     async with get_client() as client:
-        known = {deployment.name: deployment for deployment in await deployments(client, root)}
-        if name not in known:
-            raise InvalidInput(f"no deployment {name!r}; {nearest(name, known)}")
-        deployment = known[name]
+        deployment = await _named(client, root, name)
         automations = await _automations(client, deployment)
         if not deployment.schedules and not automations:
             raise InvalidInput(f"{name} runs by hand only; prefect.yaml gives it no time")
@@ -100,6 +108,22 @@ async def _switch(root: Path, name: str, *, active: bool) -> list[Entry]:
             change = client.resume_automation if active else client.pause_automation
             await change(automation.id)
         return await _of(client, await client.read_deployment(deployment.id))
+
+
+async def _start(root: Path, name: str) -> tuple[str, str]:
+    from prefect.client.orchestration import get_client
+
+    async with get_client() as client:
+        deployment = await _named(client, root, name)
+        run = await client.create_flow_run_from_deployment(deployment.id)
+        return str(run.id), run.name
+
+
+async def _named(client: "PrefectClient", root: Path, name: str) -> "DeploymentResponse":
+    known = {deployment.name: deployment for deployment in await deployments(client, root)}
+    if name not in known:
+        raise InvalidInput(f"no deployment {name!r}; {nearest(name, known)}")
+    return known[name]
 
 
 async def deployments(client: "PrefectClient", root: Path) -> "list[DeploymentResponse]":
