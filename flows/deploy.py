@@ -12,7 +12,7 @@ from zoneinfo import available_timezones
 from flows.redaction import reason, redacted
 from flows.running import planned
 from flows.servers import Prefect, running_prefect
-from flows.watcher import checkout_id
+from flows.watcher import CHECKOUT, checkout_id
 from tasks.artifacts import experiments
 from taskvec.errors import InvalidInput, ServiceUnreachable, TaskvecError, nearest
 from taskvec.yaml_file import plain, read
@@ -24,7 +24,6 @@ PARAMETERS = {
     "verify_and_rerun": {"repair"},
     "study": {"name"},
 }
-CHECKOUT = "TASKVEC_CHECKOUT"  # what prefect.yaml calls this checkout
 Answer = TypeVar("Answer")
 KINDS = ("cron", "interval", "rrule")
 

@@ -26,8 +26,10 @@ from ruamel.yaml.error import YAMLError
 
 from flows.records import LOCKS, Records, md5_of
 from taskvec.atomic import write_text
+from taskvec.errors import InvalidInput
 
 EVENT = "taskvec.inputs.changed"
+CHECKOUT = "TASKVEC_CHECKOUT"  # what prefect.yaml calls this checkout
 POLL_SECONDS = 2.0
 LIST_EVERY = 30.0  # seconds between looks for new inputs
 MOST_NAMES = 20  # in an event
@@ -44,7 +46,15 @@ Mark = tuple[int, int]  # size and time of change
 
 
 def checkout_id(root: Path) -> str:
-    """Return what tells this checkout apart from others, on this host and elsewhere."""
+    """Return what tells this checkout apart from others: TASKVEC_CHECKOUT, or host and path.
+
+    Raises:
+        InvalidInput: the variable is no name.
+    """
+    if name := os.environ.get(CHECKOUT):
+        if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", name):
+            raise InvalidInput(f"{CHECKOUT} is {name!r}; expected letters, digits and -")
+        return name
     return hashlib.sha256(f"{platform.node()}:{root.resolve()}".encode()).hexdigest()[:12]
 
 

@@ -2,11 +2,13 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from flows import databases, deploy, keeper, overrides, services, store, watcher
 from flows.tracking import server_command, server_environment
@@ -322,3 +324,32 @@ def test_a_webhook_that_is_no_address_is_refused_and_not_repeated(
     with pytest.raises(TaskvecError, match="no address") as error:
         automations.create(project.root, ["run"])
     assert "sesame" not in str(error.value)
+
+
+# Containers
+
+
+def test_the_compose_file_is_what_its_specification_says() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec",
+         str(ROOT / "compose.yaml")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_containers_show_themselves_on_loopback_only_and_hold_no_secret() -> None:
+    text = (ROOT / "compose.yaml").read_text()
+    found = YAML(typ="safe", pure=True).load(text)
+    for name, service in found["services"].items():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
+        assert "healthcheck" in service, name
+        assert set(service.get("depends_on", {})) <= set(found["services"])
+    mlflow = found["services"]["mlflow"]["command"]
+    assert "mlflow:5000,127.0.0.1:5000,localhost:5000" in mlflow
+    # every password is a variable that must be set
+    for secret in ("TASKVEC_POSTGRES_PASSWORD", "TASKVEC_PREFECT_AUTH"):
+        assert text.count("${" + secret) == text.count("${" + secret + ":?") >= 2
+    prefect = found["services"]["prefect"]["environment"]
+    assert prefect["PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED"] == "true"
+    assert prefect["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:4200"
