@@ -28,6 +28,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+services_app = typer.Typer(no_args_is_help=True, help="Servers that outlive the command.")
+app.add_typer(services_app, name="services")
+schedule_app = typer.Typer(no_args_is_help=True, help="When deployments run by themselves.")
+app.add_typer(schedule_app, name="schedule")
+
 Targets = Annotated[
     list[str] | None,
     typer.Argument(help="Stages, tasks, edits, or `results` (all seeds); default: all of dvc.yaml"),
@@ -46,6 +51,10 @@ def run(
     ] = None,
     slots: Annotated[int | None, typer.Option(min=1, help="CPU slots; default: cores")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for another run to end")] = False,
+    values: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of params.yaml; the run is in a worktree of its own"),
+    ] = None,
 ) -> None:
     """Bring stages up to date: run what is stale, and nothing else."""
     from flows.handover import run as hand_over
@@ -53,6 +62,12 @@ def run(
     from flows.terminal import Terminal
 
     root = _root(experiment)
+    if values:
+        from flows import overrides
+
+        root = overrides.checkout(root, overrides.parsed(values))
+        os.chdir(root)
+        _say(f"with other values: {root}")
     if data_root:
         os.environ["TASKVEC_DATA"] = str(data_root.absolute())
     with Terminal() as terminal:
@@ -391,6 +406,88 @@ def ui() -> None:
     serve(_root(), typer.echo)
 
 
+@services_app.command("up")
+def services_up(
+    prefect_port: Annotated[int, typer.Option(help="Default: as last time, or a free one")] = 0,
+    mlflow_port: Annotated[int, typer.Option(help="Default: as last time, or a free one")] = 0,
+) -> None:
+    """Start Prefect, MLflow, a worker, the watcher and the driver, and keep them running."""
+    from flows import services
+
+    services.up(_root(), {"prefect": prefect_port, "mlflow": mlflow_port}, _say)
+
+
+@services_app.command("status")
+def services_status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Say what runs; exit code 7 if something that should does not."""
+    from flows import services
+
+    rows = services.status(_root())
+    typer.echo(json.dumps(rows, indent=2) if as_json else services.table(rows))
+    sys.exit(0 if services.healthy(rows) else 7)
+
+
+@services_app.command("down")
+def services_down() -> None:
+    """Stop all services of this checkout."""
+    from flows import services
+
+    services.down(_root(), _say)
+
+
+@app.command()
+def deploy() -> None:
+    """Check prefect.yaml, and tell Prefect of its deployments, triggers and notifications."""
+    from flows import deploy as deploying
+
+    deploying.deploy(_root(), _say)
+
+
+@schedule_app.command("list")
+def schedule_list(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Say what runs when."""
+    from flows import schedule
+
+    found = schedule.entries(_root())
+    rows = schedule.described(found)
+    typer.echo(json.dumps(rows, indent=2) if as_json else schedule.table(found))
+
+
+@schedule_app.command("start")
+def schedule_start(
+    name: Annotated[str, typer.Argument(help="A deployment of prefect.yaml")],
+) -> None:
+    """Let a deployment run now; a worker does it."""
+    from flows import schedule
+
+    identifier, run = schedule.start(_root(), name)
+    typer.echo(f"{run} {identifier}")
+
+
+@schedule_app.command("pause")
+def schedule_pause(
+    name: Annotated[str, typer.Argument(help="A deployment of prefect.yaml")],
+) -> None:
+    """Let a deployment run by hand only."""
+    from flows import schedule
+
+    typer.echo(schedule.table(schedule.switch(_root(), name, active=False)))
+
+
+@schedule_app.command("resume")
+def schedule_resume(
+    name: Annotated[str, typer.Argument(help="A deployment of prefect.yaml")],
+) -> None:
+    """Let a deployment run by itself again."""
+    from flows import schedule
+
+    typer.echo(schedule.table(schedule.switch(_root(), name, active=True)))
+
+
 def main() -> None:
     """Run the command line; errors become one message and an exit code."""
     gc.set_threshold(OBJECTS)
@@ -426,14 +523,9 @@ def _root(experiment: str = "") -> Path:
     """Return the directory of params.yaml, and make it the working directory."""
     if not experiment:
         return Path.cwd()
-    from tasks.artifacts import experiments
-    from taskvec.errors import InvalidInput, nearest
+    from flows.running import experiment_root
 
-    known = experiments(Path.cwd())
-    if experiment not in known:
-        raise InvalidInput(f"no experiment {experiment!r}; {nearest(experiment, known)}")
-    os.chdir(known[experiment])
-    return known[experiment]
+    return experiment_root(Path.cwd(), experiment)
 
 
 def _verify_received(directory: Path, key: Path | None, as_json: bool) -> None:

@@ -17,7 +17,8 @@ from tasks.artifacts import Artifacts
 from taskvec.errors import InvalidInput, MissingArtifact, TaskvecError
 
 TOLERANCE = 1e-3  # of the norm of the weights, between machines that round differently
-FORGET = ("MLFLOW_TRACKING_URI",)  # its runs are nobody's record
+# its runs are nobody's record
+FORGET = ("MLFLOW_TRACKING_URI", "MLFLOW_BACKEND_STORE_URI", "TASKVEC_DATABASE_URL")
 
 
 @dataclass(frozen=True)

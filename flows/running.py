@@ -1,5 +1,6 @@
 """Bringing stages up to date: what `taskvec run`, the resident driver and scheduled runs do."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +24,8 @@ def bring_up_to_date(
     root: Path,
     targets: list[str],
     *,
-    slots: int | None,
-    wait: bool,
+    slots: int | None = None,
+    wait: bool = False,
     listener: Listener | None = None,
     say: Say,
 ) -> tuple[list[Node], list[Outcome]]:
@@ -107,6 +108,27 @@ def report(root: Path, nodes: list[Node], outcomes: list[Outcome], *, say: Say) 
     for out in [out for node in nodes if node.stage == "report" for out in node.outs]:
         say(f"report: {root / out}")
     return 0
+
+
+def experiment_root(top: Path, experiment: str) -> Path:
+    """Return the directory of an experiment's params.yaml, and make it the working directory.
+
+    Args:
+        top: the checkout.
+        experiment: a directory of experiments/; empty: the checkout itself.
+
+    Raises:
+        InvalidInput: there is no such experiment.
+    """
+    from tasks.artifacts import experiments
+    from taskvec.errors import InvalidInput, nearest
+
+    known = {"": top, **experiments(top)} if experiment else {"": top}
+    if experiment not in known:
+        del known[""]
+        raise InvalidInput(f"no experiment {experiment!r}; {nearest(experiment, known)}")
+    os.chdir(known[experiment])
+    return known[experiment]
 
 
 def _check_data(root: Path, stale: list[Node]) -> None:

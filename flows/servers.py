@@ -15,7 +15,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from flows import databases, keeper
+from flows.redaction import redacted
 from tasks.artifacts import Artifacts
 from taskvec.errors import ServiceUnreachable
 
@@ -28,6 +31,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def usable_port(port: int) -> bool:
+    """Return whether a server could listen on a port of the loopback interface now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def answers(url: str, headers: Mapping[str, str] | None = None) -> bool:
@@ -60,20 +74,35 @@ def wait_for(
             break
         time.sleep(0.1)
     stop(process)
-    tail = log.read_text(errors="replace").splitlines()[-5:] if log.is_file() else []
-    raise ServiceUnreachable(f"{what} did not start; the end of {log.name}:\n" + "\n".join(tail))
+    raise ServiceUnreachable(f"{what} did not start; the end of {log.name}:\n{tail(log)}")
 
 
-def spawn(command: list[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a server that ends with this process; its output goes to a file."""
+def tail(log: Path, lines: int = 5) -> str:
+    """Return the last lines of a log, without passwords; empty if there is none."""
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    return redacted("\n".join(text.splitlines()[-lines:]))
+
+
+def spawn(
+    command: list[str], log: Path, environment: Mapping[str, str], mark: str = ""
+) -> subprocess.Popen[bytes]:
+    """Start a server that ends with this process; its output goes to a file.
+
+    Args:
+        command: of the server.
+        log: the file.
+        environment: what differs from this process's own.
+        mark: by which `keeper.end` finds all that it started; default: a new one.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
+    marks = keeper.marked(os.environ.get(keeper.MARK, ""), mark or keeper.new_mark())
     with log.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "flows.keeper", *command],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, **marks},
             start_new_session=True,
         )
 
@@ -110,6 +139,7 @@ def prefect_environment(root: Path, port: int, password: str) -> dict[str, str]:
         "PREFECT_LOGGING_TO_API_ENABLED": "false",
         "PREFECT_CLI_PROMPT": "false",
         "DO_NOT_TRACK": "1",
+        **databases.prefect(),
     }
 
 
@@ -151,18 +181,18 @@ def running_prefect(root: Path) -> Prefect | None:
     url = os.environ.get("PREFECT_API_URL")
     if url:
         if not answers(
-            f"{url}/health", _authorization(os.environ.get("PREFECT_API_AUTH_STRING", ""))
+            f"{url}/health", authorization(os.environ.get("PREFECT_API_AUTH_STRING", ""))
         ):
             raise ServiceUnreachable(
                 f"no Prefect server answers at PREFECT_API_URL={url}; "
                 "start it, or unset the variable to use a server of this run's own"
             )
         return Prefect({"PREFECT_API_URL": url})
-    environment = _services(root).get("prefect", {})
+    environment = known_services(root).get("prefect", {})
     if "PREFECT_API_URL" not in environment:
         return None
     server = Prefect(environment)
-    headers = _authorization(environment.get("PREFECT_API_AUTH_STRING", ""))
+    headers = authorization(environment.get("PREFECT_API_AUTH_STRING", ""))
     return server if answers(f"{server.url}/health", headers) else None
 
 
@@ -175,7 +205,7 @@ def started_prefect(root: Path, *, ui: bool, port: int = 0) -> Iterator[Prefect]
     process = spawn(prefect_command(port, ui=ui), log, environment)
     try:
         server = Prefect(environment)
-        headers = _authorization(environment["PREFECT_API_AUTH_STRING"])
+        headers = authorization(environment["PREFECT_API_AUTH_STRING"])
         wait_for(f"{server.url}/health", process, log, "the Prefect server", headers)
         yield server
     finally:
@@ -185,7 +215,7 @@ def started_prefect(root: Path, *, ui: bool, port: int = 0) -> Iterator[Prefect]
 def mlflow_url(root: Path) -> str:
     """Return the address of the MLflow UI, if there is one to link to; else an empty string."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return uri if uri.startswith("http") else _services(root).get("mlflow", {}).get("url", "")
+    return uri if uri.startswith("http") else known_services(root).get("mlflow", {}).get("url", "")
 
 
 def services_file(root: Path) -> Path:
@@ -193,16 +223,24 @@ def services_file(root: Path) -> Path:
     return Artifacts(root).top / ".taskvec" / "services.json"
 
 
-def write_services(root: Path, services: Mapping[str, Mapping[str, str]]) -> None:
-    """Write the services file; it holds a password."""
+def write_services(root: Path, services: Mapping[str, Any]) -> None:
+    """Write the services file as a whole; it holds passwords.
+
+    ``prefect`` is the environment of a client, ``mlflow`` has the ``url`` of the server and, if
+    runs do not go to the repository's own file, ``store``; the rest is of `flows.services`.
+    """
     path = services_file(root)
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".writing-{path.name}")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump(services, file)
+    temporary.replace(path)
 
 
-def _services(root: Path) -> dict[str, dict[str, str]]:
+def known_services(root: Path) -> dict[str, dict[str, Any]]:
+    """Return what the services file says; empty without one, or if it is damaged."""
     try:
         content = json.loads(services_file(root).read_text())
     except (FileNotFoundError, ValueError):
@@ -210,6 +248,7 @@ def _services(root: Path) -> dict[str, dict[str, str]]:
     return content if isinstance(content, dict) else {}
 
 
-def _authorization(password: str) -> dict[str, str]:
+def authorization(password: str) -> dict[str, str]:
+    """Return the header that carries a user:password; none without one."""
     token = base64.b64encode(password.encode()).decode()
     return {"Authorization": f"Basic {token}"} if password else {}

@@ -7,7 +7,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from flows import databases
 from flows.records import Records, md5_of
+from flows.servers import known_services
 from tasks.artifacts import Artifacts
 
 KEY = "taskvec.key"  # the tag that says which line of which log a run or a model came from
@@ -21,8 +23,22 @@ _SQLITE = "sqlite:///"
 
 
 def tracking_uri(root: Path) -> str:
-    """Return MLFLOW_TRACKING_URI, or the repository's own SQLite file."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{Artifacts(root).top / 'mlflow.db'}"
+    """Return where runs are recorded.
+
+    That is MLFLOW_TRACKING_URI, or else the database of flows/databases.py, or the one that
+    `taskvec services up` serves, or the repository's own SQLite file.
+    """
+    return (
+        os.environ.get("MLFLOW_TRACKING_URI")
+        or databases.mlflow()
+        or known_services(root).get("mlflow", {}).get("store")
+        or own_uri(root)
+    )
+
+
+def own_uri(root: Path) -> str:
+    """Return the address of the repository's own SQLite file."""
+    return f"{_SQLITE}{Artifacts(root).top / 'mlflow.db'}"
 
 
 def database(uri: str) -> Path | None:

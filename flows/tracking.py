@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from flows import outbox
 from flows.redaction import reason, redacted
-from flows.store import KEY, OWN, content, database, tracking_uri
+from flows.store import KEY, OWN, content, database, own_uri, tracking_uri
 from tasks.artifacts import EXPERIMENTS, Artifacts
 from taskvec.errors import ServiceUnreachable
 
@@ -55,7 +55,10 @@ class Connection:
 
     def __init__(self, root: Path) -> None:
         uri = tracking_uri(root)  # before mlflow is imported, which sets the variable
-        self._own = "MLFLOW_TRACKING_URI" not in os.environ
+        named = "MLFLOW_TRACKING_URI" in os.environ
+        self._own = not named and uri == own_uri(root)
+        # Whoever names a server decides where it keeps artifacts.
+        self._place = None if named else (Artifacts(root).top / "mlartifacts").as_uri()
         self._top = Artifacts(root).top
         self._uri = uri
         self._client: Any = None
@@ -143,9 +146,8 @@ class Connection:
         client = mlflow.MlflowClient()
         found = client.get_experiment_by_name(EXPERIMENT)
         if found is None:
-            place = (self._top / "mlartifacts").as_uri() if self._own else None
             try:
-                self.experiment = client.create_experiment(EXPERIMENT, place)
+                self.experiment = client.create_experiment(EXPERIMENT, self._place)
             except mlflow.MlflowException:  # somebody else was faster
                 self.experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
         else:
@@ -551,13 +553,25 @@ def model_type(name: str) -> str:
 
 def server_command(root: Path, port: int) -> list[str]:
     """Return the command of an MLflow server on loopback that refuses foreign hosts."""
+    uri = tracking_uri(root)
+    file = ["--backend-store-uri", uri] if database(uri) is not None else []  # no password
     return [
         sys.executable, "-m", "mlflow", "server",
         "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
         "--allowed-hosts", f"127.0.0.1:{port},localhost:{port}",
-        "--backend-store-uri", tracking_uri(root),
         "--default-artifact-root", (Artifacts(root).top / "mlartifacts").as_uri(),
+        *file,
     ]  # fmt: skip
+
+
+def server_environment(root: Path) -> dict[str, str]:
+    """Return what an MLflow server finds in its environment: its database, maybe a password."""
+    return {
+        "MLFLOW_BACKEND_STORE_URI": tracking_uri(root),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes that nothing here uses
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "1",
+    }
 
 
 def _mlflow() -> Any:

@@ -5,6 +5,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import Timeout
+
+from flows import services
 from flows.servers import (
     free_port,
     services_file,
@@ -14,17 +17,31 @@ from flows.servers import (
     wait_for,
     write_services,
 )
-from flows.tracking import server_command
+from flows.tracking import server_command, server_environment
+from taskvec.errors import Busy
 
 
 def serve(root: Path, say: Callable[[str], None]) -> None:
-    """Start both servers, print their addresses and wait for Ctrl-C or SIGTERM."""
+    """Start both servers, print their addresses and wait for Ctrl-C or SIGTERM.
+
+    Raises:
+        Busy: servers of this checkout run already.
+    """
+    try:
+        with services.lock(root):
+            _serve(root, say)
+    except Timeout:
+        rows = services.table(services.status(root))
+        raise Busy(f"servers of this checkout run already\n{rows}") from None
+
+
+def _serve(root: Path, say: Callable[[str], None]) -> None:
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     port = free_port()
     log = root / ".taskvec" / "logs" / "mlflow-server.log"
-    mlflow = spawn(server_command(root, port), log, {"MLFLOW_DISABLE_TELEMETRY": "true"})
+    mlflow = spawn(server_command(root, port), log, server_environment(root))
     try:
         with started_prefect(root, ui=True) as prefect:
             wait_for(f"http://127.0.0.1:{port}/health", mlflow, log, "the MLflow server")
