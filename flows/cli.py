@@ -471,9 +471,9 @@ def _plan(root: Path, targets: list[str], *, repair: bool) -> tuple["Dag", list[
         for path in plan.write(root, params):
             _say(f"rendered {path.relative_to(root)}")
         rendering.remember(root)
-    from flows.dag import Dag
+    from flows import runner
 
-    dag = Dag(root)
+    dag = runner.graph(root)
     if repair:
         dag.repair()
     return dag, dag.plan(targets)

@@ -138,11 +138,24 @@ class Tracker:
             self._append("progress", durable=False, of=of, step=step, metrics=dict(metrics))
 
     def end(
-        self, address: str, status: str, outs: Mapping[str, str], inputs: Mapping[str, str]
+        self,
+        address: str,
+        status: str,
+        outs: Mapping[str, str],
+        inputs: Mapping[str, str],
+        said: Mapping[str, Any] | None = None,
     ) -> None:
-        """Close the child run of a stage: FINISHED or FAILED, with the digests of its files."""
+        """Close the child run of a stage: FINISHED or FAILED, with the digests of its files.
+
+        Args:
+            address: of the stage.
+            status: of the run.
+            outs: path -> md5.
+            inputs: path -> md5.
+            said: what `described` returned where the outputs are; None if they are here.
+        """
         if (number := self._begun.pop(address, None)) is not None:
-            held = described(self._root, outs) if status == "FINISHED" else {}
+            held = (said or described(self._root, outs)) if status == "FINISHED" else {}
             files = {"outs": dict(outs), "deps": dict(inputs)}
             self._append("end", of=number, status=status, **files, **held)
 
