@@ -172,14 +172,14 @@ class SparseDag(_Elsewhere):
             out.meta, out.obj = Meta(size=found.get("size")), None
 
     def _status(self, item: Any) -> dict[str, str]:
-        if item.exists or not item.hash_info or item.fs_path not in self._made:
+        _, maker = self._made.get(item.fs_path, ("", item))
+        if not item.hash_info or not maker.use_cache or _digest(item) in self._lost:
             return super()._status(item)
-        maker = self._made[item.fs_path][1]
-        if not maker.use_cache or _digest(item) in self._lost:
+        if item.exists:  # whether or not the cache has it
+            return dict(item.workspace_status())
+        if item.fs_path not in self._made:
             return super()._status(item)
-        if item.hash_info.value != maker.hash_info.value:
-            return {str(item): "modified"}
-        return {}
+        return {} if item.hash_info.value == maker.hash_info.value else {str(item): "modified"}
 
     def _restore(self, stage: Any) -> bool:
         """Take the outputs from the run cache, if this repository or the remote has them."""
