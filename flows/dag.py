@@ -118,7 +118,7 @@ class Dag:
         for dep in stage.deps:
             if isinstance(dep, ParamsDependency):
                 reasons += self._changed_params(dep)
-            elif status := dep.status():
+            elif status := self._status(dep):
                 reasons.append(Reason("data", f"{self._relative(dep)} is {_word(status)}"))
         reasons += [
             Reason("retracted", f"its output {self._relative(out)} is retracted: {bad}")
@@ -128,7 +128,7 @@ class Dag:
         reasons += [
             Reason("output", f"its output {self._relative(out)} is {_word(status)}")
             for out in stage.outs
-            if (status := out.status())
+            if (status := self._status(out))
         ]
         return reasons
 
@@ -147,14 +147,11 @@ class Dag:
             if not self.why(address):
                 return "skip"
             stage.remove_outs(ignore_remove=False)
-            try:
-                self._repo.stage_cache.restore(stage)
+            if self._restore(stage):
                 if not any(_hash(out) in self._retracted for out in stage.outs):
                     return "restored"
                 stage.remove_outs(ignore_remove=False)
-            except RunCacheNotFoundError:
-                pass
-            stage.save_deps()
+            self._save_deps(stage)
             for out in stage.outs:
                 Path(out.fs_path).parent.mkdir(parents=True, exist_ok=True)
             return "run"
@@ -201,18 +198,9 @@ class Dag:
             ]
             if moved:
                 raise StageChanged(f"{moved[0]} changed while {stage.name} ran; run again")
-            for out in stage.outs:
-                if why := self._retracted.get(_hash(out)):
-                    raise TaskvecError(
-                        f"{stage.name} made the retracted bytes of {self._relative(out)} again "
-                        f"({why}); change its data or parameters in params.yaml"
-                    )
+            self._refuse_retracted(stage)
             stage.commit()
-            self._entries.setdefault(self._lock_path(stage), {})[stage.name] = (
-                to_single_stage_lockfile(stage)
-            )
-            self._saved[address] = _remember(stage)
-            return {self._relative(out): str(out.hash_info.value) for out in stage.outs}
+            return self._record(address)
 
     def inputs(self, address: str) -> dict[str, str]:
         """Return path -> md5 of a stage's file dependencies, as last hashed."""
@@ -261,6 +249,39 @@ class Dag:
             except ValueError:
                 path.unlink()
 
+    def _refuse_retracted(self, stage: Stage) -> None:
+        for out in stage.outs:
+            if why := self._retracted.get(_hash(out)):
+                raise TaskvecError(
+                    f"{stage.name} made the retracted bytes of {self._relative(out)} again "
+                    f"({why}); change its data or parameters in params.yaml"
+                )
+
+    def _record(self, address: str) -> dict[str, str]:
+        """Keep the lock entry of a committed stage for `flush`; return path -> md5 of its outs."""
+        stage = self._stages[address]
+        self._entries.setdefault(self._lock_path(stage), {})[stage.name] = to_single_stage_lockfile(
+            stage
+        )
+        self._saved[address] = _remember(stage)
+        return {self._relative(out): str(out.hash_info.value) for out in stage.outs}
+
+    def _status(self, item: Any) -> dict[str, str]:
+        """Return what is wrong with a file; nothing if it is as recorded."""
+        return dict(item.status())
+
+    def _restore(self, stage: Stage) -> bool:
+        """Take a stage's outputs from the run cache, if it has them."""
+        try:
+            self._repo.stage_cache.restore(stage)
+        except RunCacheNotFoundError:
+            return False
+        return True
+
+    def _save_deps(self, stage: Stage) -> None:
+        """Hash the dependencies of a stage."""
+        stage.save_deps()
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         with self._mutex, lock_repo(self._repo):
@@ -303,6 +324,7 @@ class Dag:
             outs=[self._relative(out) for out in stage.outs],
             params=params,
             reasons=self.why(address),
+            meta=dict(meta),
         )
 
     def _changed_params(self, dep: Any) -> list[Reason]:

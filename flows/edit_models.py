@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows import assets, ending
+from flows import assets, ending, runner
 from flows.dag import Dag
 from flows.nodes import Listener, Node, Outcome
 from flows.recording import StageRecord, Tracker
@@ -68,7 +68,7 @@ def run_flow(
         listener: is told what happens.
     """
     stale = [node for node in nodes if node.reasons]
-    workers = Workers(root, slots)
+    workers = runner.workers(root, slots, dag, stale, listener.note)
     workers.start()
     with ExitStack() as stack:
         # The server needs seconds; so do the fork server and MLflow, at the same time.
@@ -252,7 +252,12 @@ def _perform(
     run: Run, node: Node, devices: list[str], prefect_task_run: str, *, last_attempt: bool
 ) -> str:
     started = time.monotonic()
-    how = run.dag.begin(node.address)
+    try:
+        how = run.dag.begin(node.address)
+    except Exception as error:
+        code = error.exit_code if isinstance(error, TaskvecError) else 1
+        _finish(run, node, Outcome(node.name, "failed", error=str(error), exit_code=code))
+        raise
     if how == "skip":
         return _finish(run, node, Outcome(node.name, "unchanged"))
     because = "; ".join(reason.words for reason in node.reasons)
@@ -280,7 +285,8 @@ def _perform(
         raise
     run.dag.flush(at_most_every=FLUSH_SECONDS)
     inputs = run.dag.inputs(node.address)
-    run.tracker.end(node.address, "FINISHED", outs, inputs, usage)
+    said = run.workers.described.pop(node.address, None)
+    run.tracker.end(node.address, "FINISHED", outs, inputs, usage, said)
     with suppress(Exception):  # what Prefect shows of files must not stop the work
         place = run.root.relative_to(Artifacts(run.root).top.parent).as_posix()
         assets.emit(place, outs, inputs, label)

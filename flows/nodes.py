@@ -31,6 +31,7 @@ class Node:
         outs: paths of its outputs, relative to the root.
         params: declared parameters with their present values, flat.
         reasons: why it is stale; empty if it is not.
+        meta: what dvc.yaml says of it under meta.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Node:
     outs: list[str]
     params: dict[str, Any] = field(default_factory=dict)
     reasons: list[Reason] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
 
     @property
     def stage(self) -> str:

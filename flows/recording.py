@@ -152,6 +152,7 @@ class Tracker:
         outs: Mapping[str, str],
         inputs: Mapping[str, str],
         usage: Mapping[str, float | str] = MappingProxyType({}),
+        said: Mapping[str, Any] | None = None,
     ) -> None:
         """Close the child run of a stage.
 
@@ -161,13 +162,16 @@ class Tracker:
             outs: digests of its outputs, by path.
             inputs: digests of its file dependencies, by path.
             usage: what it used of the machine; see `flows.usage`.
+            said: what `described` returned where the outputs are; None if they are here.
         """
         if (number := self._begun.pop(address, None)) is not None:
-            held = described(self._root, outs) if status == "FINISHED" else {}
+            held: dict[str, Any] = {}
+            if status == "FINISHED":
+                held = dict(said or described(self._root, outs))
             if usage:
                 figures, texts = split(usage)
-                held["metrics"].update(figures)
-                held["params"].update(texts)
+                held["metrics"] = {**held["metrics"], **figures}
+                held["params"] = {**held["params"], **texts}
             files = {"outs": dict(outs), "deps": dict(inputs)}
             self._append("end", of=number, status=status, **files, **held)
 

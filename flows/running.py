@@ -85,9 +85,9 @@ def plan(root: Path, targets: list[str], *, repair: bool, say: Say) -> tuple["Da
         for path in planning.write(root, params):
             say(f"rendered {path.relative_to(root)}")
         rendering.remember(root)
-    from flows.dag import Dag
+    from flows import runner
 
-    dag = Dag(root)
+    dag = runner.graph(root)
     if repair:
         dag.repair()
     return dag, dag.plan(targets)

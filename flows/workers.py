@@ -143,6 +143,8 @@ class Workers:
         self._starting = threading.Lock()
         self._running: set[Any] = set()
         self.stopped = 0  # the signal that stopped the workers
+        # address -> what a host says of the outputs of a stage, see `flows.recording.described`
+        self.described: dict[str, dict[str, Any]] = {}
 
     def start(self) -> None:
         """Start the fork server; it imports while the caller goes on."""
