@@ -7,7 +7,6 @@ when the code or the installed packages change, so that no stage runs old code.
 """
 
 import gc
-import json
 import os
 import queue
 import signal
@@ -25,10 +24,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from flows import ending
-from flows.handover import DATA, environment_digests, reachable, received, send, socket_path
+from flows.handover import DATA, FOUND, environment_digests, reachable, received, send, socket_path
 from flows.nodes import Listener, Node, Outcome
 from flows.plan import SOURCES
-from flows.servers import running_prefect, services_file
+from flows.servers import known_services, running_prefect
 from flows.workers import resident
 from tasks.artifacts import experiments
 from taskvec.errors import Busy, Interrupted, TaskvecError
@@ -91,7 +90,7 @@ class Driver:
         self._environment = dict(os.environ)
         self._digests = environment_digests(os.environ)
         self._code = _code()
-        self._prefect = _prefect(top)
+        self._prefect = known_services(top).get("prefect")
         self._runs = 1
         self._requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self._free = threading.Lock()  # held from a request on until its run has ended
@@ -146,7 +145,11 @@ class Driver:
         """Return what has changed so that this process must start anew; empty if nothing has."""
         if _code() != self._code:
             return "code or packages"
-        return "" if _prefect(self._top) == self._prefect else "the Prefect server"
+        return (
+            ""
+            if known_services(self._top).get("prefect") == self._prefect
+            else "the Prefect server"
+        )
 
     def _accept(self, listening: socket.socket) -> None:
         while True:
@@ -176,7 +179,8 @@ class Driver:
         if changed := self._changed():
             return f"{changed} changed since the resident driver was started, which starts anew"
         theirs = content["environment"]
-        names = sorted({n for n, _ in theirs.items() ^ self._digests.items()})
+        unlike = {name for name, _ in theirs.items() ^ self._digests.items()}
+        names = sorted(name for name in unlike if name in theirs or name not in FOUND)
         if names:
             return f"the resident driver was started with other values of {', '.join(names)}"
         known = [self._top, *experiments(self._top).values()]
@@ -260,14 +264,6 @@ def _environment(data: str | None) -> Iterator[None]:
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)
-
-
-def _prefect(top: Path) -> dict[str, str]:
-    """Return the Prefect server of the checkout's services as they say it now."""
-    try:
-        return dict(json.loads(services_file(top).read_text()).get("prefect", {}))
-    except (OSError, ValueError):
-        return {}
 
 
 def main(top: Path) -> int:

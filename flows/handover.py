@@ -15,11 +15,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flows import databases, keeper
 from flows.nodes import Listener, Node, Outcome, Reason
 from tasks.artifacts import Artifacts
 from taskvec.errors import ServiceUnreachable, TaskvecError
 
 DATA = "TASKVEC_DATA"  # travels with the request; the rest of the environment must be the same
+_OWN = (DATA, keeper.MARK)  # differ without any effect
+# Say where servers keep records. Who does not set them finds that out from the services.
+FOUND = (
+    *databases.PREFECT_VARIABLES,
+    databases.MLFLOW_VARIABLE,
+    databases.VARIABLE,
+    "MLFLOW_TRACKING_URI",
+)
 _DECISIVE = (
     "AWS_", "CUDA_", "DVC_", "HF_", "MKL_", "MLFLOW_", "OMP_", "PREFECT_", "PYTHON", "TASKVEC_",
     "TORCH",
@@ -37,7 +46,7 @@ def environment_digests(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: hashlib.sha256(value.encode()).hexdigest()
         for name, value in environment.items()
-        if name.startswith(_DECISIVE) and name != DATA
+        if name.startswith(_DECISIVE) and name not in _OWN
     }
 
 

@@ -26,7 +26,6 @@ from taskvec.errors import Busy, ServiceUnreachable
 SUPERVISOR = "supervisor"  # its log, and its key in the services file
 PROCESSES = "processes"
 ELSEWHERE = "elsewhere"  # the state of a server that somebody else runs
-NOT_INSTALLED = "left out"
 QUIET_SECONDS = 30  # without a sign of life from a service that leaves one
 DOWN_SECONDS = 40
 
@@ -151,7 +150,7 @@ def status(root: Path) -> list[dict[str, Any]]:
         state = process["state"]
         if state in (ELSEWHERE, "up") and not probe(process["probe"], known):
             state = "no answer"
-        if state not in (ELSEWHERE, NOT_INSTALLED) and not supervised_now:
+        if state != ELSEWHERE and not supervised_now:
             state = "not running"
         log = os.path.relpath(log_of(root, name), root) if process.get("pid") else ""
         rows.append({"name": name, "state": state, **row, "log": log})
@@ -160,7 +159,7 @@ def status(root: Path) -> list[dict[str, Any]]:
 
 def healthy(rows: list[dict[str, Any]]) -> bool:
     """Return whether everything that should run does."""
-    return all(row["state"] in ("up", ELSEWHERE, NOT_INSTALLED) for row in rows)
+    return all(row["state"] in ("up", ELSEWHERE) for row in rows)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

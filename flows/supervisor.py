@@ -6,7 +6,6 @@ JSON pair a line, until all answer; then starts again what ends or no longer ans
 growing pause and not for ever.
 """
 
-import importlib.util
 import json
 import os
 import signal
@@ -119,9 +118,6 @@ class Supervisor:
         Raises:
             ServiceUnreachable: something does not.
         """
-        for service in self.services.values():
-            if service.state == services.NOT_INSTALLED:
-                say(f"{service.name}: left out, {service.what} is not installed")
         self._write()
         # A run that creates the tables of the same new file meanwhile would destroy them.
         with FileLock(services.directory(self._root) / "mlflow.lock", timeout=START_SECONDS):
@@ -262,12 +258,11 @@ class Supervisor:
             {"file": str(beat)}, client, after="prefect",
         )  # fmt: skip
         door = services.directory(self._root) / "driver.sock"
-        command = [sys.executable, "-m", "flows.driver", str(self._root)]
-        found = importlib.util.find_spec("flows.driver") is not None
+        # With the environment of `services up`, as a run has it, it finds the servers by itself.
         yield Service(
-            "driver", "the resident driver" if found else "flows/driver.py",
-            command if found else [], {"socket": str(door)}, client, after="prefect",
-            state="starting" if found else services.NOT_INSTALLED,
+            "driver", "the resident driver",
+            [sys.executable, "-m", "flows.driver", str(self._root)],
+            {"socket": str(door)}, {}, after="prefect",
         )  # fmt: skip
 
     def _prefect(self, port: int) -> Service:
