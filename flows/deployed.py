@@ -8,10 +8,12 @@ what happened, so that whoever is told of a failure also reads why.
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
@@ -19,6 +21,7 @@ from prefect.states import Completed, Failed
 from flows.nodes import Listener, Node, Outcome
 from flows.redaction import redacted
 from flows.running import bring_up_to_date, experiment_root
+from flows.worker import close_below
 from taskvec.errors import Interrupted, TaskvecError
 
 Scalar = bool | int | float | str | None
@@ -63,6 +66,8 @@ def study(name: str) -> State[Any]:
 
 def _told(work: Callable[[], str]) -> State[Any]:
     """Do some work and return its end as a state: what it says, or why it failed."""
+    with suppress(Exception), get_client(sync_client=True) as client:
+        close_below(client)  # of a run that was killed
     try:
         return Completed(message=work())
     except Interrupted:

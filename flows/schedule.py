@@ -129,14 +129,14 @@ async def _named(client: "PrefectClient", root: Path, name: str) -> "DeploymentR
 async def deployments(client: "PrefectClient", root: Path) -> "list[DeploymentResponse]":
     """Return the deployments that run in a checkout, by name."""
     found = await client.read_deployments(limit=MOST)
-    here = str(root.resolve())
-    ours = [item for item in found if here in _places(item)]
+    ours = [item for item in found if here(item, root)]
     return sorted(ours, key=lambda deployment: deployment.name)
 
 
-def _places(deployment: "DeploymentResponse") -> list[str]:
+def here(deployment: "DeploymentResponse", root: Path) -> bool:
+    """Return whether a deployment runs in a checkout."""
     steps = [values for step in deployment.pull_steps or [] for values in step.values()]
-    return [str(values.get("directory")) for values in steps]
+    return str(root.resolve()) in [str(values.get("directory")) for values in steps]
 
 
 async def _of(client: "PrefectClient", deployment: "DeploymentResponse") -> list[Entry]:

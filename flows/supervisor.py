@@ -37,6 +37,7 @@ from flows.servers import (
 )
 from flows.store import own_uri, tracking_uri
 from flows.tracking import server_command, server_environment
+from flows.worker import OWN
 from taskvec.errors import Busy, ServiceUnreachable, TaskvecError
 
 WORK_POOL = "taskvec"
@@ -297,15 +298,12 @@ class Supervisor:
 
     def _worker(self, environment: dict[str, str]) -> Service:
         port = free_port()
-        command = [
-            sys.executable, "-m", "prefect", "worker", "start", "--pool", WORK_POOL,
-            "--type", "process", "--name", f"taskvec {self._root.name}", "--with-healthcheck",
-            "--install-policy", "never",
-        ]  # fmt: skip
+        command = [sys.executable, "-m", "flows.worker", WORK_POOL, f"taskvec {self._root.name}"]
         settings = {
             "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",
             "PREFECT_WORKER_WEBSERVER_PORT": str(port),
             "PREFECT_WORKER_QUERY_SECONDS": QUERY_SECONDS,
+            OWN: "" if os.environ.get("PREFECT_API_URL") else "yes",
         }
         how = {"http": f"http://127.0.0.1:{port}/health"}
         where = f"work pool {WORK_POOL}"
