@@ -33,6 +33,7 @@ PROGRESS_SECONDS = 0.5  # at most one metric a stage in this time; the last step
 QUIET = {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL"}
 BEGIN_SECONDS = 20.0  # that Prefect may take to begin a flow run
 END_SECONDS = 10.0  # that it may take to end one: by then the work is done
+SLOW_SECONDS = 60.0  # that it may take more, if it lives
 STOP_SECONDS = 1.0  # the same after Ctrl-C
 
 
@@ -93,6 +94,7 @@ def run_flow(
         listener: is told what happens.
     """
     stale = [node for node in nodes if node.reasons]
+    tracker = Tracker(root, listener.note)
     workers = Workers(root, slots)
     workers.start()
     with ExitStack() as stack:
@@ -102,7 +104,6 @@ def run_flow(
             server = stack.enter_context(started_prefect(root, ui=False))
             stack.callback(ending.give_up)  # once it is stopped, nobody can tell it anything
         os.environ.update({**QUIET, **server.environment})
-        tracker = Tracker(root, listener.note)
         run = Run(root, dag, stale, workers, tracker, listener)
         stack.enter_context(_stopping(workers))
         status = "FAILED"
@@ -141,14 +142,16 @@ class _Flow:
         run = self._run
         self._thread.start()
         while self._thread.is_alive() and not run.settled.wait(0.05):
+            if run.begun.is_set():
+                continue
             late = time.monotonic() > run.asked + BEGIN_SECONDS
-            if not run.begun.is_set() and (late or run.workers.stopped):
+            if run.workers.stopped or (late and not self._served()):
                 break
         if run.settled.is_set() or run.workers.stopped:
             return
-        ending.give_up()
-        if self._error is not None and run.begun.is_set():
+        if self._error is not None and (run.begun.is_set() or self._served()):
             raise self._error
+        ending.give_up()
         why = reason(self._error) if isinstance(self._error, Exception) else "in time"
         raise ServiceUnreachable(
             f"the Prefect server at {os.environ['PREFECT_API_URL']} does not answer ({why}); "
@@ -159,6 +162,8 @@ class _Flow:
         """Wait until Prefect has noted the end, but not for long."""
         stopped = self._run.workers.stopped
         self._thread.join(STOP_SECONDS if stopped else END_SECONDS)
+        if self._thread.is_alive() and not stopped and self._served():
+            self._thread.join(SLOW_SECONDS)
         if self._error is None and not self._thread.is_alive():
             return
         ending.give_up()
@@ -166,6 +171,13 @@ class _Flow:
             self._run.listener.note(
                 "the Prefect server does not answer; it will not show how this run ended"
             )
+
+    def _served(self) -> bool:
+        """Return whether the server lives, if slowly."""
+        try:
+            return running_prefect(self._run.root) is not None
+        except ServiceUnreachable:
+            return False
 
     def _body(self) -> None:
         try:
