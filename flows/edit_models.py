@@ -34,7 +34,7 @@ QUIET = {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_LOGGING_INTERNAL_LEVEL": 
 BEGIN_SECONDS = 20.0  # that Prefect may take to begin a flow run
 END_SECONDS = 10.0  # that it may take to end one: by then the work is done
 SLOW_SECONDS = 60.0  # that it may take more, if it lives
-STOP_SECONDS = 1.0  # the same after Ctrl-C
+STOP_SECONDS = 1.0  # that it may take for both after Ctrl-C, each
 
 
 @dataclass
@@ -134,19 +134,19 @@ class _Flow:
         self._thread = threading.Thread(target=self._body, name="flow", daemon=True)
 
     def work(self) -> None:
-        """Run the flow until every stage has an outcome.
+        """Run the flow until every stage has an outcome, or a moment longer than it is stopped.
 
         Raises:
             ServiceUnreachable: the flow run does not begin.
         """
         run = self._run
         self._thread.start()
-        while self._thread.is_alive() and not run.settled.wait(0.05):
-            if run.begun.is_set():
-                continue
-            late = time.monotonic() > run.asked + BEGIN_SECONDS
-            if run.workers.stopped or (late and not self._served()):
+        while self._thread.is_alive() and not run.settled.wait(0.05) and not run.workers.stopped:
+            late = not run.begun.is_set() and time.monotonic() > run.asked + BEGIN_SECONDS
+            if late and not self._served():
                 break
+        if run.workers.stopped and run.begun.is_set():
+            run.settled.wait(STOP_SECONDS)
         if run.settled.is_set() or run.workers.stopped:
             return
         if self._error is not None and (run.begun.is_set() or self._served()):
@@ -164,7 +164,7 @@ class _Flow:
         self._thread.join(STOP_SECONDS if stopped else END_SECONDS)
         if self._thread.is_alive() and not stopped and self._served():
             self._thread.join(SLOW_SECONDS)
-        if self._error is None and not self._thread.is_alive():
+        if self._error is None and not self._thread.is_alive() and not stopped:
             return
         ending.give_up()
         if not stopped:
