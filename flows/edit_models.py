@@ -36,7 +36,8 @@ PROGRESS_SECONDS = 0.5  # at most one metric a stage in this time; the last step
 QUIET = {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL"}
 BEGIN_SECONDS = 20.0  # that Prefect may take to begin a flow run
 END_SECONDS = 10.0  # that it may take to end one: by then the work is done
-STOP_SECONDS = 1.0  # the same after Ctrl-C
+SLOW_SECONDS = 60.0  # that it may take more, if it lives
+STOP_SECONDS = 1.0  # that it may take for both after Ctrl-C, each
 
 
 @dataclass
@@ -68,6 +69,7 @@ def run_flow(
         listener: is told what happens.
     """
     stale = [node for node in nodes if node.reasons]
+    tracker = Tracker(root, listener.note)
     workers = runner.workers(root, slots, dag, stale, listener.note)
     workers.start()
     with ExitStack() as stack:
@@ -77,7 +79,6 @@ def run_flow(
             server = stack.enter_context(started_prefect(root, ui=False))
             stack.callback(ending.give_up)  # once it is stopped, nobody can tell it anything
         use(server)
-        tracker = Tracker(root, listener.note)
         run = Run(root, dag, stale, workers, tracker, listener)
         stack.enter_context(_stopping(workers))
         listener.stoppable(workers.stop)
@@ -114,22 +115,24 @@ class _Flow:
         self._thread = threading.Thread(target=self._body, name="flow", daemon=True)
 
     def work(self) -> None:
-        """Run the flow until every stage has an outcome.
+        """Run the flow until every stage has an outcome, or a moment longer than it is stopped.
 
         Raises:
             ServiceUnreachable: the flow run does not begin.
         """
         run = self._run
         self._thread.start()
-        while self._thread.is_alive() and not run.settled.wait(0.05):
-            late = time.monotonic() > run.asked + BEGIN_SECONDS
-            if not run.begun.is_set() and (late or run.workers.stopped):
+        while self._thread.is_alive() and not run.settled.wait(0.05) and not run.workers.stopped:
+            late = not run.begun.is_set() and time.monotonic() > run.asked + BEGIN_SECONDS
+            if late and not self._served():
                 break
+        if run.workers.stopped and run.begun.is_set():
+            run.settled.wait(STOP_SECONDS)
         if run.settled.is_set() or run.workers.stopped:
             return
-        ending.give_up()
-        if self._error is not None and run.begun.is_set():
+        if self._error is not None and (run.begun.is_set() or self._served()):
             raise self._error
+        ending.give_up()
         why = reason(self._error) if isinstance(self._error, Exception) else "in time"
         raise ServiceUnreachable(
             f"the Prefect server at {os.environ['PREFECT_API_URL']} does not answer ({why}); "
@@ -140,13 +143,22 @@ class _Flow:
         """Wait until Prefect has noted the end, but not for long."""
         stopped = self._run.workers.stopped
         self._thread.join(STOP_SECONDS if stopped else END_SECONDS)
-        if self._error is None and not self._thread.is_alive():
+        if self._thread.is_alive() and not stopped and self._served():
+            self._thread.join(SLOW_SECONDS)
+        if self._error is None and not self._thread.is_alive() and not stopped:
             return
         ending.give_up()
         if not stopped:
             self._run.listener.note(
                 "the Prefect server does not answer; it will not show how this run ended"
             )
+
+    def _served(self) -> bool:
+        """Return whether the server lives, if slowly."""
+        try:
+            return running_prefect(self._run.root) is not None
+        except ServiceUnreachable:
+            return False
 
     def _body(self) -> None:
         try:

@@ -81,7 +81,7 @@ class Tracker:
         self._delivery: tracking.Delivery | None = None
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._later = sends_later()
-        self._mutex = threading.Lock()  # nothing follows the last event of a log
+        self._mutex = threading.RLock()  # nothing follows the last event of a log
         self._begun: dict[str, int] = {}  # address -> number of its event
         self._unwritten = ""
         self._trouble = ""
@@ -124,20 +124,21 @@ class Tracker:
 
     def begin(self, record: StageRecord) -> None:
         """Open the child run of a stage."""
-        number = self._append(
-            "begin",
-            at=record.started,
-            address=record.address,
-            name=record.name,
-            command=record.command,
-            how=record.how,
-            because=record.because,
-            prefect_task_run=record.prefect_task_run,
-            params=_params(record.params),
-            same=dict(record.same),
-        )
-        if number is not None:
-            self._begun[record.address] = number
+        with self._mutex:
+            number = self._append(
+                "begin",
+                at=record.started,
+                address=record.address,
+                name=record.name,
+                command=record.command,
+                how=record.how,
+                because=record.because,
+                prefect_task_run=record.prefect_task_run,
+                params=_params(record.params),
+                same=dict(record.same),
+            )
+            if number is not None:
+                self._begun[record.address] = number
 
     def progress(self, address: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics of a running stage."""
@@ -164,7 +165,7 @@ class Tracker:
             usage: what it used of the machine; see `flows.usage`.
             said: what `described` returned where the outputs are; None if they are here.
         """
-        if (number := self._begun.pop(address, None)) is not None:
+        if (number := self._begun.get(address)) is not None:
             held: dict[str, Any] = {}
             if status == "FINISHED":
                 held = dict(said or described(self._root, outs))
@@ -173,7 +174,9 @@ class Tracker:
                 held["metrics"] = {**held["metrics"], **figures}
                 held["params"] = {**held["params"], **texts}
             files = {"outs": dict(outs), "deps": dict(inputs)}
-            self._append("end", of=number, status=status, **files, **held)
+            with self._mutex:
+                self._append("end", of=number, status=status, **files, **held)
+                del self._begun[address]
 
     def edited(self, path: Path, parents: list[str], metrics: Mapping[str, float]) -> None:
         """Record a model that was made outside the graph on the parent run.
@@ -220,6 +223,8 @@ class Tracker:
     def close(self, status: str, *, hurry: bool = False) -> None:
         """End the log, and wait a few seconds for what is not sent yet.
 
+        Stages that have not ended are ended as KILLED.
+
         Args:
             status: FINISHED or FAILED.
             hurry: wait a second at most.
@@ -227,6 +232,8 @@ class Tracker:
         if self._log is None or self._closed.is_set():
             return
         with self._mutex:
+            for number in self._begun.values():
+                self._append("end", of=number, status=outbox.KILLED)
             try:
                 self._log.close(status)
             except OSError as error:

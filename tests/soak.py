@@ -14,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,63 +27,15 @@ from flows.servers import started_prefect
 from taskvec import checkpoints, streaming
 from taskvec.atomic import write_text
 from taskvec.mapped import open_weights
+from tests import soak_runs
 from tests.project import ROOT, Project
+from tests.soak_rows import ROWS, RUNS, Trial
 
 STATE = ROOT / ".taskvec" / "soak.json"
 PAGE = ROOT / "docs" / "reliability.md"
 DAMAGES = ("bit", "page", "cut", "swap")
 DIGITS = tuple(bytes([digit]) for digit in b"0123456789")
 MUTATIONS = ("digest", "parameter", "command", "drop", "log", "header", "row")
-Trial = Callable[[random.Random], str]  # what went wrong; empty if nothing did
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        name: as in the argument.
-        what: is done to what.
-        must: hold.
-        target: how many trials.
-    """
-
-    name: str
-    what: str
-    must: str
-    target: int
-
-
-ROWS = {
-    row.name: row
-    for row in (
-        Row(
-            "bytes",
-            "one bit, a page of zeros, a cut or a swap of cached objects, mode and times kept",
-            "`verify` names the file",
-            2000,
-        ),
-        Row(
-            "records",
-            "an edit of a lock entry, of the log of runs, of a header or of MLflow's rows",
-            "`verify` names the entry",
-            1000,
-        ),
-        Row("clean", "nothing", "`verify` is silent", 200),
-        Row(
-            "rebuild",
-            "another directory, TZ, locale, umask, hash seed and core",
-            "`reproduce` gives the same bits",
-            20,
-        ),
-        Row(
-            "race",
-            "two processes write the same weights and enter logs into the same list, at once",
-            "readers see a whole file, no line is lost or torn",
-            100,
-        ),
-    )
-}
 
 
 def main() -> None:
@@ -94,24 +46,37 @@ def main() -> None:
     arguments = parser.parse_args()
     end = time.monotonic() + 60 * arguments.minutes
     state = json.loads(STATE.read_text()) if STATE.is_file() else {}
-    with _finished() as project:
-        for name in arguments.rows or ROWS:
-            found = state.setdefault(name, {"trials": 0, "failures": []})
-            with trials(name, project) as trial:
-                while found["trials"] < ROWS[name].target and time.monotonic() < end:
-                    seed = found["trials"]
-                    if wrong := trial(random.Random(f"{name} {seed}")):
-                        found["failures"].append(f"{seed}: {wrong}")
-                        _say(f"{name} {seed}: {wrong}")
-                    found["trials"] += 1
-                    if found["trials"] % 50 == 0 or name == "rebuild":
-                        write_text(STATE, json.dumps(state, indent=2))
-                        _say(f"{name}: {found['trials']} of {ROWS[name].target}")
-    write_text(STATE, json.dumps(state, indent=2))
+    names = arguments.rows or list(ROWS)
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        with started_prefect(place / "server", ui=False) as server:
+            for own in (False, True):
+                rows = [name for name in names if (name in RUNS) == own]
+                if any(state.get(n, {}).get("trials", 0) < ROWS[n].target for n in rows):
+                    made = soak_runs.Runs if own else _finished
+                    subject = made(place / f"own-{own}", server.environment)
+                    for name in rows:
+                        _try(name, subject, state, end)
     write_text(PAGE, page(state))
 
 
-def page(state: dict[str, dict[str, object]]) -> str:
+def _try(name: str, subject: Any, state: dict[str, Any], end: float) -> None:
+    """Do trials of a row until they are done or it is late."""
+    found, target = state.setdefault(name, {"trials": 0, "failures": []}), ROWS[name].target
+    with trials(name, subject) as trial:
+        while found["trials"] < target and time.monotonic() < end:
+            seed = found["trials"]
+            if wrong := trial(random.Random(f"{name} {seed}")):
+                found["failures"].append(f"{seed}: {wrong}")
+                _say(f"{name} {seed}: {wrong}")
+            found["trials"] += 1
+            if found["trials"] % ROWS[name].note == 0:
+                write_text(STATE, json.dumps(state, indent=2))
+                _say(f"{name}: {found['trials']} of {target}")
+    write_text(STATE, json.dumps(state, indent=2))
+
+
+def page(state: dict[str, Any]) -> str:
     """Return docs/reliability.md."""
     lines = [
         "# Reliability",
@@ -139,36 +104,40 @@ def page(state: dict[str, dict[str, object]]) -> str:
     return "\n".join([*lines, ""])
 
 
-@contextmanager
-def _finished() -> Iterator[Project]:
-    """Yield a project in which everything has run and is committed."""
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        with started_prefect(directory / "server", ui=False) as server:
-            project = Project.create(directory / "checkout", server.environment)
-            done = project.taskvec("run")
-            assert done.code == 0, done.err
-            project.command("git", "add", "-A")
-            project.command(
-                "git", "-c", "user.name=t", "-c", "user.email=t@b", "commit", "-qm", "-"
-            )
-            yield project
+def _finished(directory: Path, server: dict[str, str]) -> Project:
+    """Return a project in which everything has run and is committed."""
+    project = Project.create(directory, server)
+    done = project.taskvec("run")
+    assert done.code == 0, done.err
+    project.command("git", "add", "-A")
+    project.command("git", "-c", "user.name=t", "-c", "user.email=t@b", "commit", "-qm", "-")
+    return project
 
 
 @contextmanager
-def trials(name: str, project: Project) -> Iterator[Trial]:
-    """Yield what does one trial of a row."""
-    if name in ("rebuild", "race"):
-        yield lambda draw: rebuilt(project, draw) if name == "rebuild" else raced(draw)
-        return
-    with Lineage(project.root) as lineage:
-        match name:
-            case "bytes":
-                yield lambda draw: damaged(lineage, draw)
-            case "clean":
-                yield lambda draw: clean(lineage, draw)
-            case _:
-                yield lambda draw: mutated(project.root, draw)
+def trials(name: str, subject: Any) -> Iterator[Trial]:
+    """Yield what does one trial of a row.
+
+    Args:
+        name: of the row.
+        subject: a finished project, or `soak_runs.Runs`.
+    """
+    match name:
+        case "rebuild":
+            yield lambda draw: rebuilt(subject, draw)
+        case "race":
+            yield raced
+        case _ if name in RUNS:
+            yield lambda draw: RUNS[name](subject, draw)
+        case _:
+            with Lineage(subject.root) as lineage:
+                match name:
+                    case "bytes":
+                        yield lambda draw: damaged(lineage, draw)
+                    case "clean":
+                        yield lambda draw: clean(lineage, draw)
+                    case _:
+                        yield lambda draw: mutated(subject.root, draw)
 
 
 def damaged(lineage: Lineage, draw: random.Random) -> str:

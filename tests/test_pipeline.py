@@ -154,24 +154,6 @@ def test_a_new_task_does_not_rerun_the_base_but_changed_alignment_pictures_do(
     assert "every vector then gets a new origin" in status.out
 
 
-def test_an_interrupted_run_goes_on_where_it_was_killed(project: Project) -> None:
-    project.replace("params.yaml", "{steps: 6,", "{steps: 40,")
-    driver = project.start("run", "extract")
-    assert driver.stderr is not None
-    lines = [next(line for line in driver.stderr if "fine_tune@" in line)]
-    below = psutil.Process(driver.pid).children(recursive=True)
-    os.kill(driver.pid, signal.SIGKILL)
-    _, errors = driver.communicate()
-    finished_before = result(0, "", "".join([*lines, errors])).stages("run")
-    assert finished_before
-    gone, alive = psutil.wait_procs(below, timeout=20)
-    assert not alive, [_command(process) for process in alive]
-    done = project.taskvec("run", "extract")
-    assert done.code == 0, done.err
-    assert not finished_before & done.stages("run")
-    assert not {stage for stage in project.stale() if stage.startswith(("fine_tune", "extract"))}
-
-
 def test_a_killed_stage_is_tried_again(project: Project) -> None:
     project.replace("params.yaml", "{steps: 6,", "{steps: 60,")
     driver = project.start("run", "fine_tune")
@@ -184,15 +166,9 @@ def test_a_killed_stage_is_tried_again(project: Project) -> None:
     assert done.stages("run") == {"fine_tune@digits-0", "fine_tune@faces-0"}
 
 
-def test_a_run_can_be_watched_not_doubled_and_stopped_and_the_next_goes_on(
-    project: Project,
-) -> None:
+def test_a_run_can_be_watched_and_stopped(project: Project) -> None:
     project.replace("params.yaml", "{steps: 6,", "{steps: 150,")
     driver = project.start("run", "fine_tune@digits-0")
-    wait_until(lambda: (project.root / ".taskvec/run.json").is_file())
-    second = project.taskvec("run")
-    assert second.code == 6
-    assert str(driver.pid) in second.err
 
     def loss_of_a_running_stage() -> list[object]:
         with sqlite3.connect(f"file:{project.root}/mlflow.db?mode=ro", uri=True) as database:
@@ -211,7 +187,6 @@ def test_a_run_can_be_watched_not_doubled_and_stopped_and_the_next_goes_on(
     assert driver.returncode == 130
     assert "goes on where this stopped" in errors and "Traceback" not in errors
     assert time.monotonic() - started < 15
-    assert project.taskvec("run", "fine_tune@digits-0").code == 0
 
 
 def test_mlflow_holds_the_run_its_stages_and_models_without_copies(finished: Project) -> None:

@@ -6,6 +6,7 @@ else; the pictures lie outside, below TASKVEC_DATA.
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +98,7 @@ def create(directory: Path, server: dict[str, str]) -> Project:
 def _pictures(path: Path) -> str:
     """Write pictures whose label is the brightest channel; return the digest of the file."""
     random = np.random.default_rng(0)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for split, number in (("train", 60), ("val", 30), ("test", 30)):
         labels = np.arange(number) % 3
         images = random.integers(0, 150, (number, 8, 8, 3), dtype=np.uint8)

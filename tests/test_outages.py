@@ -1,0 +1,28 @@
+"""A run without its Prefect server, and beside other commands in its checkout."""
+
+import random
+
+import pytest
+
+from tests.soak_runs import TOGETHER, Moment, Runs, together, unserved
+
+pytestmark = pytest.mark.pipeline
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, prefect_server: dict[str, str]) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), prefect_server)
+
+
+@pytest.mark.parametrize(
+    ("how", "lines"), [("down", 1), ("killed", 6), ("hung", 16), ("restarted", 2)]
+)
+def test_without_its_server_a_run_ends_well_or_gives_up_soon(
+    runs: Runs, how: str, lines: int
+) -> None:
+    assert unserved(runs, random.Random(0), how, Moment(lines=lines)) == ""
+
+
+@pytest.mark.parametrize("how", TOGETHER)
+def test_what_else_is_done_in_its_checkout_does_not_change_a_run(runs: Runs, how: str) -> None:
+    assert together(runs, random.Random(how), how) == ""
