@@ -18,8 +18,12 @@ from taskvec.parallel import Alone, Group
 from taskvec.sections import FineTune
 from taskvec.towers import Tower
 
-# How torch says on a CPU, and its CUDA libraries, that there is not enough memory.
-FULL = ("can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+# How torch on a CPU, oneDNN and the libraries of CUDA say that there is not enough memory; oneDNN
+# says the same of other failures, which then fail again with fewer items.
+FULL = (
+    "can't allocate memory", "not enough memory", "could not create a primitive",
+    "STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 class OutOfMemory(TaskvecError):
@@ -50,6 +54,7 @@ class Passage:
         check(recipe, tower.device)
         self.micro_batch = recipe.micro_batch
         self.halved_at: int | None = None
+        self._reason = "another process has too little"  # unless this one says why
         self._group = group or Alone()
         self._recipe = recipe
         self._device = tower.device
@@ -124,6 +129,7 @@ class Passage:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            self._reason = (str(error).splitlines() or [type(error).__name__])[0]
         # Not before the error is forgotten: its frames hold what is to be freed.
         for parameter in parameters:
             parameter.grad = None
@@ -138,8 +144,8 @@ class Passage:
             lower = f"set fine_tune.micro_batch below {tried}, or " if tried > 1 else ""
             raise OutOfMemory(
                 f"step {number} needs more memory than there is on {self._device} with {tried} "
-                f"items at once{before}; {lower}set fine_tune.precision: bf16, or take more "
-                "devices (meta.gpu in dvc.yaml)"
+                f"items at once{before} ({self._reason}); {lower}set fine_tune.precision: bf16, or "
+                "take more devices (meta.gpu in dvc.yaml)"
             )
         self.micro_batch, self.halved_at = (tried + 1) // 2, number
         logging.getLogger(__name__).warning(

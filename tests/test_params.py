@@ -289,6 +289,9 @@ ELSEWHERE = {
         ("edits: [addition]", "edits: [adition]", "few_shots.few.edits.0",
          "did you mean 'addition'"),
         ("{batch_size: 4}", "{stop_after: 99}", "few_shots.few.fine_tune", "99 of 80 steps"),
+        ("{batch_size: 4}", "{micro_batch: 99}", "few_shots.few.fine_tune", "pieces of 99 items"),
+        ("{batch_size: 4}", "{precision: bf8}", "few_shots.few.fine_tune.precision", "'bf16'"),
+        ("{batch_size: 4}", "{compile: 1}", "few_shots.few.fine_tune.compile", "boolean"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_with_line_and_key(
