@@ -264,6 +264,8 @@ class Workers:
                 case "done":
                     child.finished = True
                     return dict(content[0])
+                case "error" if content[1] == KILLED:  # a process that it started was killed
+                    raise StageCrashed(f"{node.name}: {content[0]}")
                 case "error":
                     raise StageFailed(f"{node.name}: {content[0]}", content[1])
                 case "crash":

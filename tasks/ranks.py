@@ -40,7 +40,7 @@ LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 class TrainingFailed(TaskvecError):
-    """One of the processes that train together raised an error or died."""
+    """One of the processes that train together raised an error, or died (exit code 137)."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -122,6 +122,7 @@ def _follow(ranks: list[Rank], emit: Emit) -> None:
     """
     waiting = {rank.pipe: rank for rank in ranks}
     failures: list[str] = []
+    died = False
     deadline = float("inf")
     while waiting:
         left = deadline - time.monotonic()
@@ -136,6 +137,7 @@ def _follow(ranks: list[Rank], emit: Emit) -> None:
                 del waiting[rank.pipe]
                 code = rank.process.wait()
                 if not rank.ended:
+                    died = True
                     failures.insert(0, f"died with exit code {code}{_cause(code)}")
                     failures[0] = f"process {rank.number} of {len(ranks)} {failures[0]}"
                     deadline = min(deadline, time.monotonic() + GRACE)
@@ -150,7 +152,7 @@ def _follow(ranks: list[Rank], emit: Emit) -> None:
                     deadline = min(deadline, time.monotonic() + GRACE)
             rank.ended = "progress" not in message
     if failures:
-        raise TrainingFailed("\n".join(failures))
+        raise TrainingFailed("\n".join(failures), KILLED if died else 1)
 
 
 def _cause(code: int) -> str:
