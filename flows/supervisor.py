@@ -172,9 +172,11 @@ class Supervisor:
             self._spawn(service)
             return True
         ended = service.process.poll()
-        if ended is None and now - service.probed >= PROBE_EVERY:
+        starting = service.state == "starting"
+        if ended is None and now - service.probed >= (1.0 if starting else PROBE_EVERY):
             self._look(service)
-        hung = now - max(service.answered, service.started) > HUNG_SECONDS + PROBE_EVERY
+        silent = now - max(service.answered, service.started)
+        hung = silent > (START_SECONDS if starting else HUNG_SECONDS + PROBE_EVERY)
         if ended is None and not hung:
             if service.failures and now - service.started > STEADY_SECONDS:
                 service.failures = 0
@@ -323,10 +325,10 @@ def main(words: list[str]) -> int:
         with services.lock(root, LOCK_SECONDS):
             _supervise(root, {k: int(v) for k, _, v in (word.partition("=") for word in words)})
     except Timeout:
-        _tell("busy", "another supervisor has just started in this checkout")
+        _tell("error", "another supervisor has just started in this checkout", Busy.exit_code)
         return Busy.exit_code
     except TaskvecError as error:
-        _tell("error", str(error))
+        _tell("error", str(error), error.exit_code)
         return error.exit_code
     return 0
 
@@ -339,7 +341,7 @@ def _supervise(root: Path, ports: dict[str, int]) -> None:
         signal.signal(number, supervisor.stop)
     try:
         supervisor.start(lambda text: _tell("say", text))
-        _tell("ready", "")
+        _tell("ready")
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         supervisor.watch()
@@ -347,9 +349,9 @@ def _supervise(root: Path, ports: dict[str, int]) -> None:
         supervisor.close()
 
 
-def _tell(kind: str, text: str) -> None:
+def _tell(kind: str, text: str = "", exit_code: int = 0) -> None:
     with suppress(OSError):  # whoever asked has gone
-        sys.stdout.write(json.dumps([kind, text]) + "\n")
+        sys.stdout.write(json.dumps([kind, text, exit_code]) + "\n")
         sys.stdout.flush()
 
 
