@@ -21,13 +21,14 @@ from filelock import FileLock, Timeout
 from flows import keeper, outbox
 from flows.servers import answers, authorization, known_services, services_file, tail
 from tasks.artifacts import Artifacts
-from taskvec.errors import Busy, ServiceUnreachable
+from taskvec.errors import Busy, InvalidInput, ServiceUnreachable, TaskvecError
 
 SUPERVISOR = "supervisor"  # its log, and its key in the services file
 PROCESSES = "processes"
 ELSEWHERE = "elsewhere"  # the state of a server that somebody else runs
 QUIET_SECONDS = 30  # without a sign of life from a service that leaves one
 DOWN_SECONDS = 40
+ERRORS = {kind.exit_code: kind for kind in (InvalidInput, Busy, ServiceUnreachable)}
 
 
 def directory(root: Path) -> Path:
@@ -66,6 +67,8 @@ def up(root: Path, ports: Mapping[str, int], say: Callable[[str], None]) -> None
         say: is told what happens.
 
     Raises:
+        Busy: somebody else runs servers here.
+        InvalidInput: the address of a database is none.
         ServiceUnreachable: something did not start; everything is stopped again.
     """
     if supervised(root):
@@ -98,13 +101,11 @@ def _follow(process: "subprocess.Popen[bytes]", log: Path, say: Callable[[str], 
     assert process.stdout is not None
     with process.stdout as lines:
         for line in lines:
-            kind, text = json.loads(line)
+            kind, text, exit_code = json.loads(line)
             if kind == "ready":
                 return
-            if kind == "busy":
-                raise Busy(text)
             if kind == "error":
-                raise ServiceUnreachable(text)
+                raise ERRORS.get(exit_code, TaskvecError)(text)
             say(text)
     raise ServiceUnreachable(
         f"the supervisor ended; the end of {log.name}:\n{tail(log)}\nnothing is left running"

@@ -24,7 +24,6 @@ from filelock import FileLock, Timeout
 
 from flows import databases, keeper, services
 from flows.servers import (
-    START_SECONDS,
     free_port,
     new_password,
     prefect_command,
@@ -42,6 +41,7 @@ from taskvec.errors import Busy, ServiceUnreachable, TaskvecError
 
 WORK_POOL = "taskvec"
 POLL_SECONDS = 0.2
+START_SECONDS = 180  # that a service may take on a busy machine
 LOCK_SECONDS = 3  # a look at the lock holds it for a moment
 PROBE_EVERY, HUNG_SECONDS = 10.0, 60.0
 RESTARTS, STEADY_SECONDS = 6, 600.0  # so many in a row; after this time it counts anew
@@ -128,7 +128,6 @@ class Supervisor:
                 raise ServiceUnreachable(f"{service.what} does not answer at {service.address}")
 
     def _start_all(self, say: Callable[[str], None]) -> None:
-        deadline = time.monotonic() + START_SECONDS
         while waiting := [s for s in self.services.values() if s.state == "starting"]:
             for service in waiting:
                 if self._start_if_ready(service):
@@ -139,10 +138,10 @@ class Supervisor:
                     self._write()
                 elif service.process and service.process.poll() is not None:
                     self._refuse(service, "ended")
+                elif service.process and time.monotonic() - service.started > START_SECONDS:
+                    self._refuse(service, f"does not answer after {START_SECONDS} s")
             if self._ended.wait(POLL_SECONDS):
                 raise ServiceUnreachable("stopped before everything ran")
-            if time.monotonic() > deadline:
-                self._refuse(waiting[0], f"does not answer after {START_SECONDS} s")
 
     def watch(self) -> None:
         """Start again what ends or hangs, until `stop`."""
@@ -169,9 +168,11 @@ class Supervisor:
             self._spawn(service)
             return True
         ended = service.process.poll()
-        if ended is None and now - service.probed >= PROBE_EVERY:
+        starting = service.state == "starting"
+        if ended is None and now - service.probed >= (1.0 if starting else PROBE_EVERY):
             self._look(service)
-        hung = now - max(service.answered, service.started) > HUNG_SECONDS + PROBE_EVERY
+        silent = now - max(service.answered, service.started)
+        hung = silent > (START_SECONDS if starting else HUNG_SECONDS + PROBE_EVERY)
         if ended is None and not hung:
             if service.failures and now - service.started > STEADY_SECONDS:
                 service.failures = 0
@@ -319,10 +320,10 @@ def main(words: list[str]) -> int:
         with services.lock(root, LOCK_SECONDS):
             _supervise(root, {k: int(v) for k, _, v in (word.partition("=") for word in words)})
     except Timeout:
-        _tell("busy", "another supervisor has just started in this checkout")
+        _tell("error", "another supervisor has just started in this checkout", Busy.exit_code)
         return Busy.exit_code
     except TaskvecError as error:
-        _tell("error", str(error))
+        _tell("error", str(error), error.exit_code)
         return error.exit_code
     return 0
 
@@ -335,7 +336,7 @@ def _supervise(root: Path, ports: dict[str, int]) -> None:
         signal.signal(number, supervisor.stop)
     try:
         supervisor.start(lambda text: _tell("say", text))
-        _tell("ready", "")
+        _tell("ready")
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         supervisor.watch()
@@ -343,9 +344,9 @@ def _supervise(root: Path, ports: dict[str, int]) -> None:
         supervisor.close()
 
 
-def _tell(kind: str, text: str) -> None:
+def _tell(kind: str, text: str = "", exit_code: int = 0) -> None:
     with suppress(OSError):  # whoever asked has gone
-        sys.stdout.write(json.dumps([kind, text]) + "\n")
+        sys.stdout.write(json.dumps([kind, text, exit_code]) + "\n")
         sys.stdout.flush()
 
 

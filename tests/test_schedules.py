@@ -296,6 +296,16 @@ def test_without_services_there_is_nothing_to_stop(project: Project) -> None:
     assert services.status(project.root) == []
 
 
+def test_a_wrong_database_is_told_before_anything_starts(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(databases.VARIABLE, "mysql://u:sesame-42@h/x")
+    done = project.taskvec("services", "up")
+    assert (done.code, "expected postgresql://" in done.err) == (3, True)
+    assert "sesame" not in done.err
+    assert not (project.root / ".taskvec/services.json").exists()
+
+
 def test_what_a_killed_supervisor_left_counts_as_not_running(tmp_path: Path) -> None:
     from flows.servers import write_services
 
