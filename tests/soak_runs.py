@@ -112,6 +112,7 @@ class Runs:
             done = project.taskvec(*RUN)
             assert done.code == 0, done.err
             assert done.stages("run") == tiny_experiment.STAGES, done.err
+            assert outbox.unsent(project.root) and not (project.root / "mlflow.db").exists()
             return Whole.of(project.root), time.monotonic() - began
 
     def completed(self, project: Project) -> str:

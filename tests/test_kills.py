@@ -4,6 +4,7 @@ A few of what tests/soak.py does by the hundred; here one run after another of t
 """
 
 import random
+import sys
 
 import pytest
 
@@ -43,3 +44,15 @@ def test_a_run_that_is_asked_to_stop_does_so_and_the_next_goes_on(runs: Runs) ->
         ("head", Moment(lines=2)),
     ]
     assert signalled(runs, random.Random(0), asked, seconds=15) == ""  # others use the cores, too
+
+
+def test_the_fork_server_imports_the_model_family_of_its_experiment_and_no_other(
+    runs: Runs,
+) -> None:
+    code = (
+        "import flows.warm, sys\n"
+        "print([m for m in ('taskvec.models.perceptron', 'open_clip') if m in sys.modules])"
+    )
+    with runs.project() as project:
+        done = project.command(sys.executable, "-W", "ignore", "-c", code)
+    assert done.out == "['taskvec.models.perceptron']\n", done.err
