@@ -6,6 +6,7 @@ processes (flows/workers.py) as soon as their upstream is done, and records what
 """
 
 import asyncio
+import contextvars
 import os
 import signal
 import threading
@@ -112,7 +113,12 @@ class _Flow:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._body, name="flow", daemon=True)
+        context = (
+            contextvars.copy_context()
+        )  # Prefect finds a flow that this one is a part of in it
+        self._thread = threading.Thread(
+            target=context.run, args=(self._body,), name="flow", daemon=True
+        )
 
     def work(self) -> None:
         """Run the flow until every stage has an outcome, or a moment longer than it is stopped.

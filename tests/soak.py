@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from flows import outbox, verify
 from flows.lineage import Lineage
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     arguments = parser.parse_args()
     end = time.monotonic() + 60 * arguments.minutes
-    state = json.loads(STATE.read_text()) if STATE.is_file() else {}
+    state = _state()
     names = arguments.rows or list(ROWS)
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
@@ -56,13 +57,13 @@ def main() -> None:
                     made = soak_runs.Runs if own else _finished
                     subject = made(place / f"own-{own}", server.environment)
                     for name in rows:
-                        _try(name, subject, state, end)
-    write_text(PAGE, page(state))
+                        _try(name, subject, state.get(name, {"trials": 0, "failures": []}), end)
+    write_text(PAGE, page(_state()))
 
 
-def _try(name: str, subject: Any, state: dict[str, Any], end: float) -> None:
-    """Do trials of a row until they are done or it is late."""
-    found, target = state.setdefault(name, {"trials": 0, "failures": []}), ROWS[name].target
+def _try(name: str, subject: Any, found: dict[str, Any], end: float) -> None:
+    """Do trials of a row until they are done or it is late; ``found`` is what came out so far."""
+    target = ROWS[name].target
     with trials(name, subject) as trial:
         while found["trials"] < target and time.monotonic() < end:
             seed = found["trials"]
@@ -71,9 +72,20 @@ def _try(name: str, subject: Any, state: dict[str, Any], end: float) -> None:
                 _say(f"{name} {seed}: {wrong}")
             found["trials"] += 1
             if found["trials"] % ROWS[name].note == 0:
-                write_text(STATE, json.dumps(state, indent=2))
+                _note(name, found)
                 _say(f"{name}: {found['trials']} of {target}")
-    write_text(STATE, json.dumps(state, indent=2))
+    _note(name, found)
+
+
+def _state() -> dict[str, Any]:
+    return json.loads(STATE.read_text()) if STATE.is_file() else {}
+
+
+def _note(name: str, found: dict[str, Any]) -> None:
+    """Write down what came out of a row; another process may be doing another one."""
+    STATE.parent.mkdir(exist_ok=True)
+    with FileLock(STATE.with_suffix(".lock")):
+        write_text(STATE, json.dumps({**_state(), name: found}, indent=2))
 
 
 def page(state: dict[str, Any]) -> str:

@@ -112,6 +112,7 @@ class Runs:
             done = project.taskvec(*RUN)
             assert done.code == 0, done.err
             assert done.stages("run") == tiny_experiment.STAGES, done.err
+            assert outbox.unsent(project.root) and not (project.root / "mlflow.db").exists()
             return Whole.of(project.root), time.monotonic() - began
 
     def completed(self, project: Project) -> str:
@@ -229,7 +230,10 @@ SIGNALS = ("interrupt", "twice", "terminate", "hang up", "head")
 
 
 def signalled(
-    runs: Runs, draw: random.Random, asked: list[tuple[str, Moment]] | None = None
+    runs: Runs,
+    draw: random.Random,
+    asked: list[tuple[str, Moment]] | None = None,
+    seconds: float = STOPPED_SECONDS,
 ) -> str:
     """Ask a run to stop, or stop reading what it says; then run again.
 
@@ -237,15 +241,16 @@ def signalled(
         runs: the experiment.
         draw: what and when, if nothing is asked.
         asked: what is done to one run after another, and when.
+        seconds: that a run may take to end.
     """
     with runs.project() as project:
         for how, moment in asked or [(draw.choice(SIGNALS), Moment.drawn(draw, runs))]:
-            if wrong := _signalled(project, how, moment):
+            if wrong := _signalled(project, how, moment, seconds):
                 return f"{how}: {wrong}"
         return runs.completed(project)
 
 
-def _signalled(project: Project, how: str, moment: Moment) -> str:
+def _signalled(project: Project, how: str, moment: Moment, seconds: float) -> str:
     process = project.start(*RUN)
     assert process.stderr is not None and process.stdout is not None
     if how == "head":
@@ -278,7 +283,7 @@ def _signalled(project: Project, how: str, moment: Moment) -> str:
         return f"exit code {code}: {text[-300:]}"
     if "Traceback" in text and code != -number:  # before `main` runs, Python tells it so
         return f"a traceback: {text[-500:]}"
-    return "" if ended or took <= STOPPED_SECONDS else f"took {took:.1f} s to stop"
+    return "" if ended or took <= seconds else f"took {took:.1f} s to stop"
 
 
 TOGETHER = ("refused", "waits", "gc", "verify", "status")

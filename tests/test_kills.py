@@ -4,9 +4,14 @@ A few of what tests/soak.py does by the hundred; here one run after another of t
 """
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
+import psutil
 import pytest
 
+from flows import locking
 from tests.soak_runs import Moment, Runs, killed, orphaned, signalled
 
 pytestmark = pytest.mark.pipeline
@@ -42,4 +47,51 @@ def test_a_run_that_is_asked_to_stop_does_so_and_the_next_goes_on(runs: Runs) ->
         ("hang up", Moment(seconds=runs.seconds / 10)),
         ("head", Moment(lines=2)),
     ]
-    assert signalled(runs, random.Random(0), asked) == ""
+    assert signalled(runs, random.Random(0), asked, seconds=15) == ""  # others use the cores, too
+
+
+def test_the_fork_server_imports_the_model_family_of_its_experiment_and_no_other(
+    runs: Runs,
+) -> None:
+    code = (
+        "import flows.warm, sys\n"
+        "print([m for m in ('taskvec.models.perceptron', 'open_clip') if m in sys.modules])"
+    )
+    with runs.project() as project:
+        done = project.command(sys.executable, "-W", "ignore", "-c", code)
+    assert done.out == "['taskvec.models.perceptron']\n", done.err
+
+
+STAGE = """
+import sys, time
+from pathlib import Path
+from flows.locking import mark_stages
+mark_stages(Path.cwd())
+sys.stdout.write("marked\\n")
+sys.stdout.flush()
+time.sleep(600)
+"""
+DRIVER = f"""
+import subprocess, sys, time
+stage = subprocess.Popen([sys.executable, "-c", {STAGE!r}], stdout=subprocess.PIPE)
+stage.stdout.readline()
+sys.stdout.write(f"{{stage.pid}}\\n")
+sys.stdout.flush()
+time.sleep(600)
+"""
+
+
+def test_only_the_stages_of_a_driver_that_is_gone_are_ended(tmp_path: Path) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    assert driver.stdout is not None
+    stage = psutil.Process(int(driver.stdout.readline()))
+    stage.suspend()
+    locking.sweep(tmp_path)
+    assert stage.status() == psutil.STATUS_STOPPED
+    driver.kill()
+    driver.communicate()
+    locking.sweep(tmp_path)
+    assert not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE
+    assert not list((tmp_path / locking.STAGES).iterdir())

@@ -26,3 +26,9 @@ def test_without_its_server_a_run_ends_well_or_gives_up_soon(
 @pytest.mark.parametrize("how", TOGETHER)
 def test_what_else_is_done_in_its_checkout_does_not_change_a_run(runs: Runs, how: str) -> None:
     assert together(runs, random.Random(how), how) == ""
+
+
+def test_when_a_run_is_sent_to_mlflow_is_said_in_one_of_two_words(runs: Runs) -> None:
+    with runs.project(TASKVEC_MLFLOW="soon") as project:
+        done = project.taskvec("run")
+    assert done.code == 3 and "set it to `now`, or to `later`" in done.err
