@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from flows import host, snapshot
 from flows.dag import Node
 from flows.redaction import reason, redacted
 from flows.sparse import SparseDag
-from flows.workers import Slots, StageCrashed, StageFailed, Workers, check_command
+from flows.workers import ASSIST_AFTER, Slots, StageCrashed, StageFailed, Workers, check_command
 from tasks.artifacts import Artifacts
-from tasks.stages import Progress
+from tasks.stages import ASSISTED, Progress
 from taskvec.errors import InvalidInput, MissingDependency, ServiceUnreachable
 
 ADDRESS = "TASKVEC_RAY_ADDRESS"
@@ -29,6 +29,8 @@ CONNECT_SECONDS = 5.0
 HERE = ("prepare",)  # reads data that DVC does not version; meta.local says otherwise
 LOSSES = 3  # hosts that a stage may lose before it counts as crashed
 GIB = 1 << 30
+MOST_ASSISTANTS = 16  # of one stage
+NAMES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}  # option -> resource of Ray
 FEWEST, MOST = 16, 512  # stages that are handed to Ray at once
 
 
@@ -62,6 +64,8 @@ class RayWorkers(Workers):
         self._streams: set[Any] = set()
         self._uploading = threading.Lock()
         self._gpus = 0.0
+        self._waiting = 0  # stages that Ray has not placed yet
+        self._exchanges: set[Any] = set()  # of stages that are assisted now
 
     def start(self) -> None:
         """Check the remote, connect to the cluster and give it the code.
@@ -88,6 +92,7 @@ class RayWorkers(Workers):
 
         cloudpickle.register_pickle_by_value(host)
         self._perform = ray.remote(host.perform)
+        self._exchange = ray.remote(host.Exchange)
         if len(remote) < len(self._stale):
             super().start()
         cpus = sum(item.get("CPU", 0.0) for item in hosts)
@@ -120,22 +125,24 @@ class RayWorkers(Workers):
             "address": node.address,
             "deps": self._dag.objects(node.address),
             "gpus": node.gpus if self._gpus else 0,
+            "shared": node.stage in ASSISTED,
         }
-        reply = self._performed(node, job, emit)
+        with self._helped(node, job) as exchange:
+            reply = self._performed(node, job, exchange, emit)
         files = {path: base64.b64decode(text) for path, text in reply["files"].items()}
         self._known |= {item["md5"] for item in reply["entry"]["outs"] if "md5" in item}
         self.described[node.address] = reply["described"]
         self._dag.adopt(node.address, reply["entry"], files)
 
     def _performed(
-        self, node: Node, job: host.Event, emit: Callable[[Progress], None]
+        self, node: Node, job: host.Event, exchange: Any, emit: Callable[[Progress], None]
     ) -> host.Event:
         """Have a host do a stage, another one if that is lost; return its last event."""
         from ray.exceptions import RayError, RayTaskError
 
         for loss in range(1, LOSSES + 1):
             try:
-                event = self._followed(node, job, emit)
+                event = self._followed(node, job, exchange, emit)
             except RayTaskError as error:
                 raise StageFailed(
                     f"{node.name} failed on its host:\n{redacted(str(error))}"
@@ -158,25 +165,88 @@ class RayWorkers(Workers):
         raise AssertionError
 
     def _followed(
-        self, node: Node, job: host.Event, emit: Callable[[Progress], None]
+        self, node: Node, job: host.Event, exchange: Any, emit: Callable[[Progress], None]
     ) -> host.Event:
         """Submit a job, hand on its progress, return the event that ends it."""
+        for other in list(self._exchanges):
+            other.stop.remote()  # a stage needs a slot more than assistants
+        self._waiting += 1
+        placed = False
+        try:
+            for event in self._events(node, job, exchange):
+                if not placed:
+                    self._waiting, placed = self._waiting - 1, True
+                if event["kind"] not in ("began", "progress"):
+                    return event
+                if event["kind"] == "progress":
+                    emit(event["progress"])
+        finally:
+            self._waiting -= not placed
+        return {"kind": "died", "message": "its host ended without a word"}
+
+    def _events(self, node: Node, job: host.Event, exchange: Any) -> Iterator[host.Event]:
+        """Submit a job; yield what is said of it."""
         import ray
 
         options = {"max_retries": 0, "num_returns": "streaming", "name": node.name}
-        stream = self._perform.options(**options, **self._resources(node)).remote(job, [self._pack])
+        remote = self._perform.options(**options, **self._resources(node))
+        stream = remote.remote(job, [self._pack], exchange)
         self._streams.add(stream)
         try:
             if self.stopped:  # meanwhile
                 ray.cancel(stream, force=True)
             for reference in stream:
-                event: host.Event = ray.get(reference)
-                if event["kind"] != "progress":
-                    return event
-                emit(event["progress"])
+                yield ray.get(reference)
         finally:
             self._streams.discard(stream)
-        return {"kind": "died", "message": "its host ended without a word"}
+
+    @contextmanager
+    def _helped(self, node: Node, job: host.Event) -> Iterator[Any]:
+        """Let idle hosts help a stage that remembers what it computes; yield the exchange."""
+        if not job["shared"]:
+            yield None
+            return
+        exchange = self._exchange.options(num_cpus=0).remote()
+        ended = threading.Event()
+        helper = threading.Thread(target=self._help, args=(node, job, exchange, ended), daemon=True)
+        helper.start()
+        try:
+            yield exchange
+        finally:
+            ended.set()
+            exchange.stop.remote()
+            helper.join()
+
+    def _help(self, node: Node, job: host.Event, exchange: Any, ended: threading.Event) -> None:
+        """Give a stage assistants on all idle hosts, once, if nobody waits for them."""
+        import ray
+        from ray.exceptions import RayError
+
+        while not ended.wait(ASSIST_AFTER):
+            if self._waiting or self.stopped:
+                continue
+            wanted = self._resources(node)
+            free = ray.available_resources()
+            needs = [(NAMES[key], number) for key, number in wanted.items() if number]
+            idle = min((int(free.get(name, 0.0) / number) for name, number in needs), default=0)
+            if parts := min(idle, MOST_ASSISTANTS):
+                break
+        else:
+            return
+        self._exchanges.add(exchange)
+        jobs = [{**job, "part": part, "parts": parts} for part in range(parts)]
+
+        def follow(part: host.Event) -> None:
+            with suppress(RayError):  # a lost assistant is no loss
+                for _ in self._events(node, part, exchange):
+                    pass
+
+        threads = [threading.Thread(target=follow, args=(part,), daemon=True) for part in jobs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self._exchanges.discard(exchange)
 
     def _resources(self, node: Node) -> dict[str, float]:
         """Return what a stage wants of a host, as Ray names it."""
@@ -189,8 +259,7 @@ class RayWorkers(Workers):
 
     def _check_fits(self, node: Node, hosts: list[dict[str, float]]) -> None:
         """Raise InvalidInput if no host can ever hold a stage: Ray would let it wait for ever."""
-        names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
-        wanted = {names[key]: value for key, value in self._resources(node).items()}
+        wanted = {NAMES[key]: value for key, value in self._resources(node).items()}
         if not any(all(item.get(k, 0.0) >= v for k, v in wanted.items()) for item in hosts):
             largest = {k: max((item.get(k, 0.0) for item in hosts), default=0.0) for k in wanted}
             raise InvalidInput(
