@@ -65,7 +65,8 @@ class RayWorkers(Workers):
         self._uploading = threading.Lock()
         self._gpus = 0.0
         self._waiting = 0  # stages that Ray has not placed yet
-        self._exchanges: set[Any] = set()  # of stages that are assisted now
+        self._assisted_now: set[str] = set()  # addresses
+        self._exchange: Any = None
 
     def start(self) -> None:
         """Check the remote, connect to the cluster and give it the code.
@@ -92,7 +93,8 @@ class RayWorkers(Workers):
 
         cloudpickle.register_pickle_by_value(host)
         self._perform = ray.remote(host.perform)
-        self._exchange = ray.remote(host.Exchange)
+        if any(node.stage in ASSISTED for node in remote):
+            self._exchange = ray.remote(host.Exchange).options(num_cpus=0).remote()
         if len(remote) < len(self._stale):
             super().start()
         cpus = sum(item.get("CPU", 0.0) for item in hosts)
@@ -127,22 +129,22 @@ class RayWorkers(Workers):
             "gpus": node.gpus if self._gpus else 0,
             "shared": node.stage in ASSISTED,
         }
-        with self._helped(node, job) as exchange:
-            reply = self._performed(node, job, exchange, emit)
+        with self._helped(node, job):
+            reply = self._performed(node, job, emit)
         files = {path: base64.b64decode(text) for path, text in reply["files"].items()}
         self._known |= {item["md5"] for item in reply["entry"]["outs"] if "md5" in item}
         self.described[node.address] = reply["described"]
         self._dag.adopt(node.address, reply["entry"], files)
 
     def _performed(
-        self, node: Node, job: host.Event, exchange: Any, emit: Callable[[Progress], None]
+        self, node: Node, job: host.Event, emit: Callable[[Progress], None]
     ) -> host.Event:
         """Have a host do a stage, another one if that is lost; return its last event."""
         from ray.exceptions import RayError, RayTaskError
 
         for loss in range(1, LOSSES + 1):
             try:
-                event = self._followed(node, job, exchange, emit)
+                event = self._followed(node, job, emit)
             except RayTaskError as error:
                 raise StageFailed(
                     f"{node.name} failed on its host:\n{redacted(str(error))}"
@@ -165,15 +167,15 @@ class RayWorkers(Workers):
         raise AssertionError
 
     def _followed(
-        self, node: Node, job: host.Event, exchange: Any, emit: Callable[[Progress], None]
+        self, node: Node, job: host.Event, emit: Callable[[Progress], None]
     ) -> host.Event:
         """Submit a job, hand on its progress, return the event that ends it."""
-        for other in list(self._exchanges):
-            other.stop.remote()  # a stage needs a slot more than assistants
+        for address in list(self._assisted_now):  # a stage needs a slot more than assistants
+            self._exchange.stop.remote(address)
         self._waiting += 1
         placed = False
         try:
-            for event in self._events(node, job, exchange):
+            for event in self._events(node, job):
                 if not placed:
                     self._waiting, placed = self._waiting - 1, True
                 if event["kind"] not in ("began", "progress"):
@@ -184,13 +186,13 @@ class RayWorkers(Workers):
             self._waiting -= not placed
         return {"kind": "died", "message": "its host ended without a word"}
 
-    def _events(self, node: Node, job: host.Event, exchange: Any) -> Iterator[host.Event]:
+    def _events(self, node: Node, job: host.Event) -> Iterator[host.Event]:
         """Submit a job; yield what is said of it."""
         import ray
 
         options = {"max_retries": 0, "num_returns": "streaming", "name": node.name}
         remote = self._perform.options(**options, **self._resources(node))
-        stream = remote.remote(job, [self._pack], exchange)
+        stream = remote.remote(job, [self._pack], self._exchange if job["shared"] else None)
         self._streams.add(stream)
         try:
             if self.stopped:  # meanwhile
@@ -201,23 +203,23 @@ class RayWorkers(Workers):
             self._streams.discard(stream)
 
     @contextmanager
-    def _helped(self, node: Node, job: host.Event) -> Iterator[Any]:
-        """Let idle hosts help a stage that remembers what it computes; yield the exchange."""
+    def _helped(self, node: Node, job: host.Event) -> Iterator[None]:
+        """Let idle hosts help a stage that remembers what it computes."""
         if not job["shared"]:
-            yield None
+            yield
             return
-        exchange = self._exchange.options(num_cpus=0).remote()
         ended = threading.Event()
-        helper = threading.Thread(target=self._help, args=(node, job, exchange, ended), daemon=True)
+        helper = threading.Thread(target=self._help, args=(node, job, ended), daemon=True)
         helper.start()
         try:
-            yield exchange
+            yield
         finally:
             ended.set()
-            exchange.stop.remote()
+            self._exchange.stop.remote(node.address)
             helper.join()
+            self._exchange.forget.remote(node.address)
 
-    def _help(self, node: Node, job: host.Event, exchange: Any, ended: threading.Event) -> None:
+    def _help(self, node: Node, job: host.Event, ended: threading.Event) -> None:
         """Give a stage assistants on all idle hosts, once, if nobody waits for them."""
         import ray
         from ray.exceptions import RayError
@@ -233,12 +235,12 @@ class RayWorkers(Workers):
                 break
         else:
             return
-        self._exchanges.add(exchange)
+        self._assisted_now.add(node.address)
         jobs = [{**job, "part": part, "parts": parts} for part in range(parts)]
 
         def follow(part: host.Event) -> None:
             with suppress(RayError):  # a lost assistant is no loss
-                for _ in self._events(node, part, exchange):
+                for _ in self._events(node, part):
                     pass
 
         threads = [threading.Thread(target=follow, args=(part,), daemon=True) for part in jobs]
@@ -246,7 +248,7 @@ class RayWorkers(Workers):
             thread.start()
         for thread in threads:
             thread.join()
-        self._exchanges.discard(exchange)
+        self._assisted_now.discard(node.address)
 
     def _resources(self, node: Node) -> dict[str, float]:
         """Return what a stage wants of a host, as Ray names it."""

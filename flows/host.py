@@ -30,21 +30,26 @@ class Exchange:
     """An actor of Ray: what the hosts that work on one stage have answered, until it is stopped."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[str, list[str]]] = []  # who sent it, key and content
-        self._stopped = False
+        self._rows: dict[str, list[tuple[str, list[str]]]] = {}  # stage -> sender, key and content
+        self._stopped: set[str] = set()
 
-    def put(self, sender: str, rows: list[list[str]]) -> None:
+    def put(self, stage: str, sender: str, rows: list[list[str]]) -> None:
         """Take rows of key and content."""
-        self._rows += [(sender, row) for row in rows]
+        self._rows.setdefault(stage, []).extend((sender, row) for row in rows)
 
-    def take(self, receiver: str, since: int) -> tuple[int, list[list[str]], bool]:
+    def take(self, stage: str, receiver: str, since: int) -> tuple[int, list[list[str]], bool]:
         """Return how many rows there are, those of others since a number, and whether to stop."""
-        new = [row for sender, row in self._rows[since:] if sender != receiver]
-        return len(self._rows), new, self._stopped
+        rows = self._rows.get(stage, [])
+        new = [row for sender, row in rows[since:] if sender != receiver]
+        return len(rows), new, stage in self._stopped
 
-    def stop(self) -> None:
-        """Tell the assistants to stop."""
-        self._stopped = True
+    def stop(self, stage: str) -> None:
+        """Tell the assistants of a stage to stop."""
+        self._stopped.add(stage)
+
+    def forget(self, stage: str) -> None:
+        """Drop what was answered for a stage that has ended."""
+        self._rows.pop(stage, None)
 
 
 def perform(job: Event, packs: list[Any], exchange: Any = None) -> Iterator[Event]:
@@ -53,7 +58,7 @@ def perform(job: Event, packs: list[Any], exchange: Any = None) -> Iterator[Even
     Args:
         job: what flows.agent.Host.perform takes, and ``commit`` (of the code) and ``project``.
         packs: a reference to the pack of the commit; only fetched if the host lacks the commit.
-        exchange: an `Exchange` if several hosts work on the stage.
+        exchange: an `Exchange` if several hosts may work on the stage.
     """
     import ray
 
@@ -71,12 +76,12 @@ def perform(job: Event, packs: list[Any], exchange: Any = None) -> Iterator[Even
     ended = threading.Event()
     if exchange is not None:
         threading.Thread(
-            target=_exchange, args=(agent, exchange, sender, ended), daemon=True
+            target=_exchange, args=(agent, exchange, job["address"], sender, ended), daemon=True
         ).start()
     try:
         for event in agent.perform({**job, "devices": devices}):
             if event["kind"] == "answers":
-                exchange.put.remote(sender, event["rows"])
+                exchange.put.remote(job["address"], sender, event["rows"])
                 continue
             yield event
             if event["kind"] == "died":
@@ -85,14 +90,16 @@ def perform(job: Event, packs: list[Any], exchange: Any = None) -> Iterator[Even
         ended.set()
 
 
-def _exchange(agent: "Agent", exchange: Any, receiver: str, ended: threading.Event) -> None:
+def _exchange(
+    agent: "Agent", exchange: Any, stage: str, receiver: str, ended: threading.Event
+) -> None:
     """Hand an agent what other hosts have answered, and whether it shall stop to assist."""
     import ray
 
     since, stopped = 0, False
     while not ended.wait(EXCHANGE_SECONDS):
         try:
-            since, rows, stop = ray.get(exchange.take.remote(receiver, since))
+            since, rows, stop = ray.get(exchange.take.remote(stage, receiver, since))
             if ended.is_set():
                 return
             if rows or stop != stopped:
