@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo results studies test coverage check soak mutate readme bench clean-data
+.PHONY: demo results studies test coverage check soak cluster-test mutate readme bench clean-data
 
 demo: $(READY)  ## the default experiment, its table and its report
 	taskvec run
@@ -36,6 +36,9 @@ check: $(READY)  ## lint, types, import contracts, rendered files
 
 soak: $(READY)  ## faults by the thousand, into docs/reliability.md; ROW=bytes MINUTES=60; it goes on
 	python -m tests.soak $(ROW) --minutes $(or $(MINUTES),60)
+
+cluster-test: $(READY)  ## one experiment on a Ray cluster whose hosts, network and database fail
+	python -m tests.cluster
 
 mutate: $(READY)  ## change the code on purpose, see what the tests miss; MODULES=taskvec.vectors
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[mutation]'

@@ -1,8 +1,8 @@
 """`python -m benchmarks [SECTION] [--quick]`: measure, write docs/benchmarks.md.
 
-Sections are pipeline, lineage, search, strategies and merging. Naming one measures and replaces
-only that. ``--quick`` is a smoke test: it measures too little to mean anything, prints the sections
-and writes nothing.
+Sections are pipeline, cluster, lineage, search, strategies and merging. Naming one measures and
+replaces only that. ``--quick`` is a smoke test: it measures too little to mean anything, prints the
+sections and writes nothing.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.measuring import ROOT
 from taskvec.atomic import write_text
 
-SECTIONS = ("pipeline", "lineage", "search", "strategies", "merging")
+SECTIONS = ("pipeline", "cluster", "lineage", "search", "strategies", "merging")
 PAGE = ROOT / "docs/benchmarks.md"
 MARK = "<!-- {} -->"
 HEAD = """# Benchmarks

@@ -9,26 +9,31 @@ import base64
 import json
 import os
 import platform
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from configparser import RawConfigParser
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from flows import plan
+from flows.nodes import Node
+from flows.sharing import Shared, assist
 from flows.slots import Slots
 from flows.sparse import HostDag
-from flows.workers import StageCrashed, Workers
+from flows.workers import StageCrashed, Workers, die_with_parent, redirect, without_main
 from tasks.artifacts import Artifacts
 from tasks.stages import Progress
 from taskvec import params as parameters
 from taskvec.errors import MissingArtifact, StaleRendering, TaskvecError
 
 SMALL = 1_000_000  # bytes; outputs up to this size go to the driver as well
+SHARE_SECONDS = 0.5  # between two looks at what is answered here
 PROGRESS_SECONDS = 0.25  # at most one event a stage in this time; the last step always
 
 Event = dict[str, Any]
@@ -40,18 +45,23 @@ def main(home: Path) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print goes to the log
     jobs: SimpleQueue[Event] = SimpleQueue()
-    threading.Thread(target=_read, args=(jobs,), daemon=True).start()
+    told: SimpleQueue[Event] = SimpleQueue()
+    threading.Thread(target=_read, args=(jobs, told), daemon=True).start()
+    writing = threading.Lock()
 
     def send(event: Event) -> None:
-        out.write(f"{json.dumps(event)}\n")
-        out.flush()
+        with writing:
+            out.write(f"{json.dumps(event)}\n")
+            out.flush()
 
     host: Host | None = None
     while True:
         job = jobs.get()
         try:
             host = host or Host(Path.cwd(), home, job)
-            send(host.perform(job, send))
+            with _sharing(Artifacts(Path.cwd()).memo(), job, told, host, send):
+                reply = host.perform(job, send)
+            send(reply)
         except StageCrashed as error:
             send({"kind": "crashed", "message": str(error)})
         except TaskvecError as error:
@@ -60,10 +70,73 @@ def main(home: Path) -> None:
             send({"kind": "failed", "message": traceback.format_exc(), "code": 1})
 
 
-def _read(jobs: "SimpleQueue[Event]") -> None:
+def _read(jobs: "SimpleQueue[Event]", told: "SimpleQueue[Event]") -> None:
     for line in sys.stdin:
-        jobs.put(json.loads(line))
+        message = json.loads(line)
+        (told if "answers" in message else jobs).put(message)
     os._exit(0)  # the processes of stages end with this one
+
+
+@contextmanager
+def _sharing(
+    memo: Path, job: Event, told: "SimpleQueue[Event]", host: "Host", send: Send
+) -> Iterator[None]:
+    """Send what is answered here while a job is done, and take what is answered elsewhere."""
+    if not job["shared"]:
+        yield
+        return
+    ended = threading.Event()
+
+    def share() -> None:
+        shared = Shared(memo)
+        while not ended.wait(SHARE_SECONDS):
+            if rows := shared.new():
+                send({"kind": "answers", "rows": rows})
+            while not told.empty():
+                message = told.get()
+                shared.receive(message["answers"])
+                if message["stop"]:
+                    host.stop_assisting()
+        shared.close()
+
+    thread = threading.Thread(target=share, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        while not told.empty():
+            told.get()
+
+
+class _Workers(Workers):
+    """Starts an assistant for a stage that another host does."""
+
+    def assistant(self, node: Node, devices: list[str], part: int, parts: int) -> Any:
+        """Return the process that answers a part of what a stage asks."""
+        log = self._logs / f"{node.name.replace('@', '-')}-assistant.log"
+        process = self._context.Process(
+            target=_assist,
+            args=(node.stage, node.item, str(self._root), devices, str(log), part, parts),
+            daemon=True,
+        )
+        with self._starting, without_main():
+            process.start()
+        return process
+
+
+def _assist(
+    stage: str, item: str, root: str, devices: list[str], log: str, part: int, parts: int
+) -> None:
+    """Assist a stage; the body of a child process."""
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    redirect(log)
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    os.chdir(root)
+    assist(stage, item, parameters.load(Path("params.yaml")), Path(root), part, parts)
 
 
 class Host:
@@ -81,7 +154,9 @@ class Host:
             StaleRendering: the packages of this host are not those of the driver.
         """
         self._root = root
-        self._workers = Workers(root, Slots(1, []))
+        self._workers = _Workers(root, Slots(1, []))
+        self._assistant: Any = None
+        self._enough = False
         self._workers.start()
         _configure(root, home, job["remote"], job["settings"])
         try:
@@ -98,16 +173,16 @@ class Host:
         """Do a stage; return what the driver must know of it.
 
         Args:
-            job: ``address``, ``deps`` (path -> md5 of what other stages made), ``devices``.
+            job: ``address``, ``deps`` (path -> md5 of what other stages made), ``devices``,
+                ``shared`` (whether other hosts work on it); ``part`` of ``parts`` to assist.
             send: takes the progress.
         """
         address, deps = job["address"], job["deps"]
         node = self._dag.node(address)
+        if "part" in job:
+            return self._assist(node, job)
         started = time.monotonic()
-        if absent := self._dag.remote.fetch(set(deps.values())):
-            paths = [path for path, md5 in deps.items() if md5 in absent]
-            raise MissingArtifact(f"{paths[0]} is not in {self._dag.remote}")
-        self._dag.place(address, deps)
+        self._place(address, deps)
         try:
             self._dag.begin(address)
             fetched = time.monotonic()
@@ -133,6 +208,34 @@ class Host:
             }
         finally:
             self._dag.clear(address, deps)
+
+    def stop_assisting(self) -> None:
+        """End the assistant, also one that is about to start."""
+        self._enough = True
+        if self._assistant is not None:
+            self._assistant.kill()
+
+    def _assist(self, node: Node, job: Event) -> Event:
+        """Answer a part of what a stage asks on another host."""
+        self._enough = False
+        self._place(node.address, job["deps"])
+        try:
+            self._assistant = self._workers.assistant(
+                node, job["devices"], job["part"], job["parts"]
+            )
+            if self._enough:  # meanwhile
+                self._assistant.kill()
+            self._assistant.join()
+        finally:
+            self._assistant = None
+            self._dag.clear(node.address, job["deps"])
+        return {"kind": "assisted"}
+
+    def _place(self, address: str, deps: dict[str, str]) -> None:
+        if absent := self._dag.remote.fetch(set(deps.values())):
+            paths = [path for path, md5 in deps.items() if md5 in absent]
+            raise MissingArtifact(f"{paths[0]} is not in {self._dag.remote}")
+        self._dag.place(address, deps)
 
     def _files(self, outs: list[str], cached: dict[str, str]) -> dict[str, str]:
         """Return path -> content, in base64, of small outputs and of those that no cache holds."""

@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from flows.redaction import reason, redacted
 from flows.slots import Slots
 from flows.sparse import SparseDag
 from flows.usage import Usage
-from flows.workers import StageCrashed, StageFailed, Workers, check_command
+from flows.workers import ASSIST_AFTER, StageCrashed, StageFailed, Workers, check_command
 from tasks.artifacts import Artifacts
-from tasks.stages import Progress
+from tasks.stages import ASSISTED, Progress
 from taskvec.errors import InvalidInput, MissingDependency, ServiceUnreachable
 
 ADDRESS = "TASKVEC_RAY_ADDRESS"
@@ -31,6 +31,8 @@ CONNECT_SECONDS = 5.0
 HERE = ("prepare",)  # reads data that DVC does not version; meta.local says otherwise
 LOSSES = 3  # hosts that a stage may lose before it counts as crashed
 GIB = 1 << 30
+MOST_ASSISTANTS = 16  # of one stage
+NAMES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}  # option -> resource of Ray
 FEWEST, MOST = 16, 512  # stages that are handed to Ray at once
 
 
@@ -64,6 +66,9 @@ class RayWorkers(Workers):
         self._streams: set[Any] = set()
         self._uploading = threading.Lock()
         self._gpus = 0.0
+        self._waiting = 0  # stages that Ray has not placed yet
+        self._assisted_now: set[str] = set()  # addresses
+        self._exchange: Any = None
 
     def start(self) -> None:
         """Check the remote, connect to the cluster and give it the code.
@@ -90,6 +95,8 @@ class RayWorkers(Workers):
 
         cloudpickle.register_pickle_by_value(host)
         self._perform = ray.remote(host.perform)
+        if any(node.stage in ASSISTED for node in remote):
+            self._exchange = ray.remote(host.Exchange).options(num_cpus=0).remote()
         if len(remote) < len(self._stale):
             super().start()
         cpus = sum(item.get("CPU", 0.0) for item in hosts)
@@ -121,8 +128,10 @@ class RayWorkers(Workers):
             "address": node.address,
             "deps": self._dag.objects(node.address),
             "gpus": node.gpus if self._gpus else 0,
+            "shared": node.stage in ASSISTED,
         }
-        reply = self._performed(node, job, emit)
+        with self._helped(node, job):
+            reply = self._performed(node, job, emit)
         files = {path: base64.b64decode(text) for path, text in reply["files"].items()}
         self._known |= {item["md5"] for item in reply["entry"]["outs"] if "md5" in item}
         self.described[node.address] = reply["described"]
@@ -163,22 +172,85 @@ class RayWorkers(Workers):
         self, node: Node, job: host.Event, emit: Callable[[Progress], None]
     ) -> host.Event:
         """Submit a job, hand on its progress, return the event that ends it."""
+        for address in list(self._assisted_now):  # a stage needs a slot more than assistants
+            self._exchange.stop.remote(address)
+        self._waiting += 1
+        placed = False
+        try:
+            for event in self._events(node, job):
+                if not placed:
+                    self._waiting, placed = self._waiting - 1, True
+                if event["kind"] not in ("began", "progress"):
+                    return event
+                if event["kind"] == "progress":
+                    emit(event["progress"])
+        finally:
+            self._waiting -= not placed
+        return {"kind": "died", "message": "its host ended without a word"}
+
+    def _events(self, node: Node, job: host.Event) -> Iterator[host.Event]:
+        """Submit a job; yield what is said of it."""
         import ray
 
         options = {"max_retries": 0, "num_returns": "streaming", "name": node.name}
-        stream = self._perform.options(**options, **self._resources(node)).remote(job, [self._pack])
+        remote = self._perform.options(**options, **self._resources(node))
+        stream = remote.remote(job, [self._pack], self._exchange if job["shared"] else None)
         self._streams.add(stream)
         try:
             if self.stopped:  # meanwhile
                 ray.cancel(stream, force=True)
             for reference in stream:
-                event: host.Event = ray.get(reference)
-                if event["kind"] != "progress":
-                    return event
-                emit(event["progress"])
+                yield ray.get(reference)
         finally:
             self._streams.discard(stream)
-        return {"kind": "died", "message": "its host ended without a word"}
+
+    @contextmanager
+    def _helped(self, node: Node, job: host.Event) -> Iterator[None]:
+        """Let idle hosts help a stage that remembers what it computes."""
+        if not job["shared"]:
+            yield
+            return
+        ended = threading.Event()
+        helper = threading.Thread(target=self._help, args=(node, job, ended), daemon=True)
+        helper.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            self._exchange.stop.remote(node.address)
+            helper.join()
+            self._exchange.forget.remote(node.address)
+
+    def _help(self, node: Node, job: host.Event, ended: threading.Event) -> None:
+        """Give a stage assistants on all idle hosts, once, if nobody waits for them."""
+        import ray
+        from ray.exceptions import RayError
+
+        while not ended.wait(ASSIST_AFTER):
+            if self._waiting or self.stopped:
+                continue
+            wanted = self._resources(node)
+            free = ray.available_resources()
+            needs = [(NAMES[key], number) for key, number in wanted.items() if number]
+            idle = min((int(free.get(name, 0.0) / number) for name, number in needs), default=0)
+            if parts := min(idle, MOST_ASSISTANTS):
+                break
+        else:
+            return
+        self._assisted_now.add(node.address)
+        jobs = [{**job, "part": part, "parts": parts} for part in range(parts)]
+
+        def follow(part: host.Event) -> None:
+            with suppress(RayError):  # a lost assistant is no loss
+                for _ in self._events(node, part):
+                    pass
+
+        threads = [threading.Thread(target=follow, args=(part,), daemon=True) for part in jobs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self._assisted_now.discard(node.address)
 
     def _resources(self, node: Node) -> dict[str, float]:
         """Return what a stage wants of a host, as Ray names it."""
@@ -191,8 +263,7 @@ class RayWorkers(Workers):
 
     def _check_fits(self, node: Node, hosts: list[dict[str, float]]) -> None:
         """Raise InvalidInput if no host can ever hold a stage: Ray would let it wait for ever."""
-        names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
-        wanted = {names[key]: value for key, value in self._resources(node).items()}
+        wanted = {NAMES[key]: value for key, value in self._resources(node).items()}
         if not any(all(item.get(k, 0.0) >= v for k, v in wanted.items()) for item in hosts):
             largest = {k: max((item.get(k, 0.0) for item in hosts), default=0.0) for k in wanted}
             raise InvalidInput(

@@ -53,7 +53,7 @@ class Dag:
         self._root = root
         self._mutex = threading.RLock()
         self._entries: dict[str, dict[str, dict[str, Any]]] = {}  # lock file -> stage -> entry
-        self._flushed = 0.0
+        self._flushed = self._flush_seconds = 0.0
         try:
             self._repo = Repo(str(root), _wait_for_lock=True)
             self._graph = get_active_graph(self._repo.index.graph)
@@ -215,12 +215,15 @@ class Dag:
 
         Args:
             at_most_every: seconds; within them nothing is done, since rewriting a long lock file
-                costs a tenth of a second. What a kill then loses comes back from the run cache.
+                costs a tenth of a second; and not for more than a tenth of the time, since that of
+                thousands of stages costs seconds. What a kill then loses comes back from the run
+                cache.
         """
-        if time.monotonic() - self._flushed < at_most_every:
+        pause = max(at_most_every, 9 * self._flush_seconds) if at_most_every else 0.0
+        if time.monotonic() - self._flushed < pause:
             return
         with self._locked():
-            self._flushed = time.monotonic()
+            started = time.monotonic()
             for path, fresh in list(self._entries.items()):
                 text = load_yaml(path) if Path(path).is_file() else {}
                 stages = {**text.get("stages", {}), **fresh}
@@ -232,6 +235,8 @@ class Dag:
                     dumps_yaml({"schema": "2.0", "stages": {n: stages[n] for n in ordered}}),
                 )
                 del self._entries[path]
+            self._flushed = time.monotonic()
+            self._flush_seconds = self._flushed - started
 
     def repair(self) -> None:
         """Remove a truncated rwlock file, which a kill of any DVC command may leave.

@@ -180,7 +180,8 @@ class SparseDag(_Elsewhere):
             return dict(item.workspace_status())
         if item.fs_path not in self._made:
             return super()._status(item)
-        return {} if item.hash_info.value == maker.hash_info.value else {str(item): "modified"}
+        same = not maker.hash_info or item.hash_info.value == maker.hash_info.value
+        return {} if same else {str(item): "modified"}
 
     def _restore(self, stage: Any) -> bool:
         """Take the outputs from the run cache, if this repository or the remote has them."""

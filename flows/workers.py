@@ -154,7 +154,7 @@ class Workers:
         os.environ["OMP_NUM_THREADS"] = "1"
         self._logs.mkdir(parents=True, exist_ok=True)
         self._context.set_forkserver_preload(["flows.warm", "flows.workers"])
-        with _without_main():
+        with without_main():
             forkserver.ensure_running()
 
     def stop(self, signal_number: int) -> None:
@@ -191,7 +191,7 @@ class Workers:
         child = resident.take(devices) if stays else None
         if child is None:
             resident.make_room(devices)
-            with self._starting, _without_main():
+            with self._starting, without_main():
                 child = Child(self._context, devices, hide=self.slots.gpus > 0)
         self._running.add(child.process)
         try:
@@ -284,7 +284,7 @@ def check_command(node: Node) -> None:
 
 def _work(pipe: Any, visible: str | None) -> None:
     """Do jobs until nobody is left to send one; the body of a child process."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
@@ -298,7 +298,7 @@ def _work(pipe: Any, visible: str | None) -> None:
 
 def _done(job: Job, pipe: Any) -> tuple[Any, ...]:
     """Do a job; return the last message about it."""
-    _redirect(job.log)
+    redirect(job.log)
     for name in [name for name in os.environ if name.startswith(OURS)]:
         del os.environ[name]
     os.environ.update(job.environment)
@@ -321,7 +321,7 @@ def _done(job: Job, pipe: Any) -> tuple[Any, ...]:
     return "done", meter.read()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """End this process when the driver is gone, or it would write outputs that nobody expects.
 
     The kernel's own signal on a parent's death does not help: the parent is the fork server.
@@ -332,7 +332,8 @@ def _die_with_parent() -> None:
     os._exit(KILLED)
 
 
-def _redirect(log: str) -> None:
+def redirect(log: str) -> None:
+    """Send what this process prints to a file, which is begun anew."""
     sys.stdout.flush()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)
@@ -346,7 +347,7 @@ def _tail(log: Path) -> str:
 
 
 @contextmanager
-def _without_main() -> Iterator[None]:
+def without_main() -> Iterator[None]:
     """Keep a child from importing the driver's main module again: it needs nothing of it."""
     main = sys.modules["__main__"]
     saved = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}

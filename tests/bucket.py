@@ -19,10 +19,9 @@ class Store:
     endpoint: str
     process: "subprocess.Popen[bytes]"
 
-    @property
-    def url(self) -> str:
-        """The address of a DVC remote."""
-        return f"s3://{BUCKET}/store"
+    def url(self, prefix: str = "store") -> str:
+        """Return the address of a DVC remote in the bucket."""
+        return f"s3://{BUCKET}/{prefix}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -33,10 +32,10 @@ class Store:
             "AWS_DEFAULT_REGION": "us-east-1",
         }
 
-    def configure(self, root: Path) -> None:
+    def configure(self, root: Path, prefix: str) -> None:
         """Make it the default remote of a checkout."""
         for words in (
-            ["add", "-d", "store", self.url],
+            ["add", "-d", "store", self.url(prefix)],
             ["modify", "store", "endpointurl", self.endpoint],
             ["modify", "store", "verify", "true"],
         ):

@@ -52,6 +52,7 @@ class RayCluster:
         directory: Path,
         addresses: Iterator[str],
         prefixes: Mapping[str, list[str]] | None = None,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         """Start the head.
 
@@ -59,7 +60,9 @@ class RayCluster:
             directory: for everything that it writes; a short path, since sockets lie below it.
             addresses: the next one is the head's, then one for every host.
             prefixes: address -> what a command on that host begins with, such as a namespace.
+            settings: of Ray, by environment; default: `QUICK`.
         """
+        self._settings = QUICK if settings is None else settings
         self._directory, self._addresses = directory, addresses
         self._prefixes = prefixes or {}
         self.nodes: list[Node] = []
@@ -87,7 +90,7 @@ class RayCluster:
     @property
     def environment(self) -> dict[str, str]:
         """What a driver needs."""
-        return {"TASKVEC_RUNNER": "ray", "TASKVEC_RAY_ADDRESS": self.address, **QUICK}
+        return {"TASKVEC_RUNNER": "ray", "TASKVEC_RAY_ADDRESS": self.address, **self._settings}
 
     def stop(self) -> None:
         """End all hosts."""
@@ -110,7 +113,7 @@ class RayCluster:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=home, start_new_session=True, stdout=output, stderr=output,
-                env={**kept, **QUICK, "TASKVEC_HOST_DIRECTORY": str(home), **environment},
+                env={**kept, **self._settings, "TASKVEC_HOST_DIRECTORY": str(home), **environment},
             )  # fmt: skip
         self.nodes.append(Node(address, home, process, log))
         return self.nodes[-1]

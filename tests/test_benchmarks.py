@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import merging, strategies
+from benchmarks import cluster, merging, strategies
 from benchmarks.__main__ import page, read
 from benchmarks.measuring import Times, ratio
 from benchmarks.processes import run
@@ -167,3 +167,15 @@ def test_a_section_is_replaced_and_the_others_stay() -> None:
 def test_quotients_are_taken_within_a_round() -> None:
     slow, fast = Times((2.0, 8.0, 2.0)), Times((1.0, 4.0, 2.0))
     assert ratio(slow, fast) == (2.0, 1.0, 2.0)
+
+
+def test_a_simulated_graph_takes_its_work_on_one_slot_and_its_longest_path_on_many() -> None:
+    graph = cluster.stages(tasks=3, edits=5)
+    work = sum(seconds for seconds, _ in graph.values())
+    assert cluster.makespan(graph, 1, 0.0, 0.0) == pytest.approx(work)
+    longest: dict[str, float] = {}
+    for name, (seconds, before) in graph.items():
+        longest[name] = seconds + max((longest[other] for other in before), default=0.0)
+    assert cluster.makespan(graph, 1000, 0.0, 0.0) == pytest.approx(max(longest.values()))
+    assert cluster.makespan(graph, 1, 2.0, 1.0) == pytest.approx(work + 3.0 * len(graph))
+    assert cluster.makespan(graph, 4, 0.5, 0.0) >= 0.5 * len(graph)

@@ -264,7 +264,7 @@ def test_files_travel_through_s3_without_their_keys(
     for name, value in store.environment.items():
         monkeypatch.setenv(name, value)
     settings = {"endpointurl": store.endpoint, "verify": "true"}
-    configure(driver.root, url=store.url, **settings)
+    configure(driver.root, url=store.url(), **settings)
     (driver.root / ".dvc/config.local").write_text(
         "['remote \"store\"']\naccess_key_id = hidden-name\nsecret_access_key = hidden-key\n"
     )
@@ -282,7 +282,7 @@ def test_files_travel_through_s3_without_their_keys(
         configure(driver.root, url="s3://no-such-bucket/x", **settings)
         with pytest.raises(MissingArtifact, match="its bucket does not exist"):
             SparseDag(driver.root).remote.check()
-        configure(driver.root, url=store.url, **{**settings, "endpointurl": "http://127.0.0.1:9"})
+        configure(driver.root, url=store.url(), **{**settings, "endpointurl": "http://127.0.0.1:9"})
         with pytest.raises(ServiceUnreachable, match="does not answer at 127.0.0.1:9"):
             SparseDag(driver.root).remote.check()
 
