@@ -33,8 +33,8 @@ from flows.servers import (
     stop,
     tail,
     usable_port,
-    write_services,
 )
+from flows.services_file import services_file, write_services
 from flows.store import own_uri, tracking_uri
 from flows.tracking import server_command, server_environment
 from flows.worker import OWN
@@ -160,8 +160,7 @@ class Supervisor:
             if service.process:
                 stop(service.process)
                 keeper.end(service.mark)
-        services_path = services.services_file(self._root)
-        services_path.unlink(missing_ok=True)
+        services_file(self._root).unlink(missing_ok=True)
 
     def _tend(self, service: Service) -> bool:
         """Look after a service that was up once; return whether its state changed."""
