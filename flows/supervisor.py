@@ -295,9 +295,10 @@ class Supervisor:
         what, uri = "the MLflow server", tracking_uri(self._root)
         if uri.startswith("http"):
             self._file["mlflow"] = {"url": uri, "store": uri}
-            how = {"http": f"{without_user(uri)}/health"}
+            place = without_user(uri).rstrip("/")
+            how = {"http": f"{place}/health"}
             return Service(
-                "mlflow", what, [], how, address=without_user(uri), state=services.ELSEWHERE
+                "mlflow", what, [], how, address=place, state=services.ELSEWHERE
             )  # fmt: skip
         url = f"http://127.0.0.1:{port}"
         own = uri == own_uri(self._root)
