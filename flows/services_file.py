@@ -34,6 +34,6 @@ def known_services(root: Path) -> dict[str, dict[str, Any]]:
     """Return what the services file says; empty without one, or if it is damaged."""
     try:
         content = json.loads(services_file(root).read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
