@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flows.lineage import Lineage
     from flows.nodes import Node
 
+MOST_REASONS = 4  # that `status` prints of a stage; --json has all
 OBJECTS = 50_000  # new ones between collections, which else take a sixth of the time of a question
 
 app = typer.Typer(
@@ -117,7 +118,9 @@ def status(
         return
     width = max(len(node.name) for node in stale)
     for node in stale:
-        typer.echo(f"{node.name:{width}}  {'; '.join(r.words for r in node.reasons)}")
+        told = "; ".join(reason.words for reason in node.reasons[:MOST_REASONS])
+        more = len(node.reasons) - MOST_REASONS
+        typer.echo(f"{node.name:{width}}  {told}{f'; and {more} more' if more > 0 else ''}")
     for note in notes:
         typer.echo(f"note: {note}")
     typer.echo(

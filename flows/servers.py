@@ -2,7 +2,6 @@
 
 import base64
 import http.client
-import json
 import os
 import secrets
 import signal
@@ -15,11 +14,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flows import databases, keeper
 from flows.redaction import redacted
-from tasks.artifacts import Artifacts
+from flows.services_file import known_services
 from taskvec.errors import ServiceUnreachable
 
 START_SECONDS = 90
@@ -216,36 +214,6 @@ def mlflow_url(root: Path) -> str:
     """Return the address of the MLflow UI, if there is one to link to; else an empty string."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     return uri if uri.startswith("http") else known_services(root).get("mlflow", {}).get("url", "")
-
-
-def services_file(root: Path) -> Path:
-    """Where a running `taskvec ui` says how to reach it; readable by its owner only."""
-    return Artifacts(root).top / ".taskvec" / "services.json"
-
-
-def write_services(root: Path, services: Mapping[str, Any]) -> None:
-    """Write the services file as a whole; it holds passwords.
-
-    ``prefect`` is the environment of a client, ``mlflow`` has the ``url`` of the server and, if
-    runs do not go to the repository's own file, ``store``; the rest is of `flows.services`.
-    """
-    path = services_file(root)
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(services, file)
-    temporary.replace(path)
-
-
-def known_services(root: Path) -> dict[str, dict[str, Any]]:
-    """Return what the services file says; empty without one, or if it is damaged."""
-    try:
-        content = json.loads(services_file(root).read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def authorization(password: str) -> dict[str, str]:

@@ -19,7 +19,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from flows import keeper, outbox
-from flows.servers import answers, authorization, known_services, services_file, tail
+from flows.servers import answers, authorization, tail
+from flows.services_file import known_services, services_file
 from tasks.artifacts import Artifacts
 from taskvec.errors import Busy, InvalidInput, ServiceUnreachable, TaskvecError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from flows import databases
 from flows.records import Records, md5_of
-from flows.servers import known_services
+from flows.services_file import known_services
 from tasks.artifacts import Artifacts
 
 KEY = "taskvec.key"  # the tag that says which line of which log a run or a model came from

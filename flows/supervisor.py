@@ -23,6 +23,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from flows import databases, keeper, services
+from flows.redaction import without_user
 from flows.servers import (
     free_port,
     new_password,
@@ -32,8 +33,8 @@ from flows.servers import (
     stop,
     tail,
     usable_port,
-    write_services,
 )
+from flows.services_file import services_file, write_services
 from flows.store import own_uri, tracking_uri
 from flows.tracking import server_command, server_environment
 from flows.worker import OWN
@@ -119,13 +120,13 @@ class Supervisor:
         Raises:
             ServiceUnreachable: something does not.
         """
+        for service in self.services.values():
+            if service.state == services.ELSEWHERE and not self._answers(service):
+                raise ServiceUnreachable(f"{service.what} does not answer at {service.address}")
         self._write()
         # A run that creates the tables of the same new file meanwhile would destroy them.
         with FileLock(services.directory(self._root) / "mlflow.lock", timeout=START_SECONDS):
             self._start_all(say)
-        for service in self.services.values():
-            if service.state == services.ELSEWHERE and not self._answers(service):
-                raise ServiceUnreachable(f"{service.what} does not answer at {service.address}")
 
     def _start_all(self, say: Callable[[str], None]) -> None:
         while waiting := [s for s in self.services.values() if s.state == "starting"]:
@@ -156,8 +157,7 @@ class Supervisor:
             if service.process:
                 stop(service.process)
                 keeper.end(service.mark)
-        services_path = services.services_file(self._root)
-        services_path.unlink(missing_ok=True)
+        services_file(self._root).unlink(missing_ok=True)
 
     def _tend(self, service: Service) -> bool:
         """Look after a service that was up once; return whether its state changed."""
@@ -273,7 +273,9 @@ class Supervisor:
             names = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_API_KEY")
             self._file["prefect"] = {n: os.environ[n] for n in names if n in os.environ}
             how = {"http": f"{url}/health", "password": True}
-            return Service("prefect", what, [], how, address=url, state=services.ELSEWHERE)
+            return Service(
+                "prefect", what, [], how, address=without_user(url), state=services.ELSEWHERE
+            )  # fmt: skip
         environment = prefect_environment(self._root, port, new_password())
         # Clients need not know the password of the database.
         hidden = databases.PREFECT_VARIABLES
@@ -289,8 +291,11 @@ class Supervisor:
         what, uri = "the MLflow server", tracking_uri(self._root)
         if uri.startswith("http"):
             self._file["mlflow"] = {"url": uri, "store": uri}
-            how = {"http": f"{uri.rstrip('/')}/health"}
-            return Service("mlflow", what, [], how, address=uri, state=services.ELSEWHERE)
+            place = without_user(uri).rstrip("/")
+            how = {"http": f"{place}/health"}
+            return Service(
+                "mlflow", what, [], how, address=place, state=services.ELSEWHERE
+            )  # fmt: skip
         url = f"http://127.0.0.1:{port}"
         own = uri == own_uri(self._root)
         self._file["mlflow"] = {"url": url} if own else {"url": url, "store": uri}

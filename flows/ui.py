@@ -10,13 +10,12 @@ from filelock import Timeout
 from flows import services
 from flows.servers import (
     free_port,
-    services_file,
     spawn,
     started_prefect,
     stop,
     wait_for,
-    write_services,
 )
+from flows.services_file import services_file, write_services
 from flows.tracking import server_command, server_environment
 from taskvec.errors import Busy
 

@@ -171,7 +171,7 @@ def test_a_run_finds_the_database_of_running_services_and_no_password_is_an_argu
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    from flows.servers import write_services
+    from flows.services_file import write_services
 
     own = f"sqlite:///{tmp_path}/mlflow.db"
     assert store.tracking_uri(tmp_path) == own
@@ -307,7 +307,7 @@ def test_a_wrong_database_is_told_before_anything_starts(
 
 
 def test_what_a_killed_supervisor_left_counts_as_not_running(tmp_path: Path) -> None:
-    from flows.servers import write_services
+    from flows.services_file import write_services
 
     gone = {"pid": 2**22 + 1, "started": 1.0, "mark": keeper.new_mark()}
     process = {"state": "up", "probe": {}, "address": "http://x", "restarts": 2, "pid": 1}

@@ -21,6 +21,7 @@ import requests
 
 from flows import registry, servers, tracking
 from flows.locking import held
+from flows.services_file import services_file, write_services
 from taskvec.errors import Busy, ServiceUnreachable
 from tests.project import ROOT
 
@@ -163,17 +164,17 @@ def test_a_prefect_server_that_was_asked_for_must_answer(
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"prefect": {}}', "x", "null"])
 def test_a_damaged_services_file_is_the_same_as_none(tmp_path: Path, text: str) -> None:
-    servers.services_file(tmp_path).parent.mkdir()
-    servers.services_file(tmp_path).write_text(text)
+    services_file(tmp_path).parent.mkdir()
+    services_file(tmp_path).write_text(text)
     assert servers.running_prefect(tmp_path) is None
 
 
 def test_the_services_file_is_readable_by_its_owner_only(tmp_path: Path) -> None:
-    path = servers.services_file(tmp_path)
+    path = services_file(tmp_path)
     path.parent.mkdir()
     path.write_text("old")
     path.chmod(0o666)
-    servers.write_services(tmp_path, {"prefect": {"PREFECT_API_URL": "x"}})
+    write_services(tmp_path, {"prefect": {"PREFECT_API_URL": "x"}})
     assert path.stat().st_mode & 0o777 == 0o600
     assert json.loads(path.read_text())["prefect"]["PREFECT_API_URL"] == "x"
 
@@ -258,7 +259,7 @@ def test_a_started_prefect_server_is_closed_to_others_and_serves_our_client(tmp_
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == ["0", "0"]
         # A run in this checkout finds it through the services file.
-        servers.write_services(tmp_path, {"prefect": server.environment})
+        write_services(tmp_path, {"prefect": server.environment})
         assert servers.running_prefect(tmp_path) == server
         log = (tmp_path / ".taskvec/logs/prefect-server.log").read_text()
         assert password not in log

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.pipeline
 
 SECONDS = 300  # that anything may take on a busy machine
 HOOK = "hook-8d1f0c"  # the secret part of the webhook's address
-BEGUN = "submitting flow run"  # in the log of a worker
+BEGUN = "submitted to infrastructure"  # in the log of a worker, once a run has its slot
 STRANGERS = (
     "evil.example", "10.evil.example", "192.168.evil.example", "localhost:1.evil.example",
 )  # fmt: skip
