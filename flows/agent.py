@@ -187,14 +187,11 @@ class Host:
         node = self._dag.node(address)
         if "part" in job:
             return self._assist(node, job)
-        started = time.monotonic()
         self._place(address, deps)
         try:
             self._dag.begin(address)
-            fetched = time.monotonic()
             with self._dag.guard(address, owner="taskvec agent"):
                 self._workers.run(node, job["devices"], _throttled(send))
-            worked = time.monotonic()
             outs = self._dag.commit(address)
             entry, cached = self._dag.made(address)
             self._dag.remote.push(set(cached.values()))
@@ -205,12 +202,6 @@ class Host:
                 "entry": entry,
                 "files": self._files(node.outs, cached),
                 "described": described(self._root, outs),
-                "host": platform.node(),
-                "seconds": {
-                    "fetch": fetched - started,
-                    "work": worked - fetched,
-                    "push": time.monotonic() - worked,
-                },
             }
         finally:
             self._dag.clear(address, deps)
