@@ -117,7 +117,12 @@ def _sharing(
 
 
 class _Workers(Workers):
-    """Starts an assistant for a stage that another host does."""
+    """Runs a stage alone: who assists, and where, is up to the driver."""
+
+    @contextmanager
+    def _assisted(self, node: Node) -> Iterator[None]:
+        del node
+        yield
 
     def assistant(self, node: Node, devices: list[str], part: int, parts: int) -> Any:
         """Return the process that answers a part of what a stage asks."""
