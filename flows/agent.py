@@ -9,7 +9,6 @@ import base64
 import json
 import os
 import platform
-import signal
 import sys
 import threading
 import time
@@ -23,14 +22,12 @@ from typing import Any
 
 from flows import plan
 from flows.dag import Node
-from flows.sharing import Shared, assist
+from flows.sharing import Shared, work
 from flows.sparse import HostDag
 from flows.workers import (
     Slots,
     StageCrashed,
     Workers,
-    _die_with_parent,
-    _redirect,
     _without_main,
 )
 from tasks.artifacts import Artifacts
@@ -128,26 +125,13 @@ class _Workers(Workers):
         """Return the process that answers a part of what a stage asks."""
         log = self._logs / f"{node.name.replace('@', '-')}-assistant.log"
         process = self._context.Process(
-            target=_assist,
+            target=work,
             args=(node.stage, node.item, str(self._root), devices, str(log), part, parts),
             daemon=True,
         )
         with self._starting, _without_main():
             process.start()
         return process
-
-
-def _assist(
-    stage: str, item: str, root: str, devices: list[str], log: str, part: int, parts: int
-) -> None:
-    """Assist a stage; the body of a child process."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _redirect(log)
-    if devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    os.chdir(root)
-    assist(stage, item, parameters.load(Path("params.yaml")), Path(root), part, parts)
 
 
 class Host:
