@@ -9,7 +9,6 @@ import base64
 import json
 import os
 import platform
-import signal
 import sys
 import threading
 import time
@@ -23,10 +22,10 @@ from typing import Any
 
 from flows import plan
 from flows.nodes import Node
-from flows.sharing import Shared, assist
+from flows.sharing import Shared, work
 from flows.slots import Slots
 from flows.sparse import HostDag
-from flows.workers import StageCrashed, Workers, die_with_parent, redirect, without_main
+from flows.workers import StageCrashed, Workers, without_main
 from tasks.artifacts import Artifacts
 from tasks.stages import Progress
 from taskvec import params as parameters
@@ -111,32 +110,24 @@ def _sharing(
 
 
 class _Workers(Workers):
-    """Starts an assistant for a stage that another host does."""
+    """Runs a stage alone: who assists, and where, is up to the driver."""
+
+    @contextmanager
+    def _assisted(self, node: Node) -> Iterator[None]:
+        del node
+        yield
 
     def assistant(self, node: Node, devices: list[str], part: int, parts: int) -> Any:
         """Return the process that answers a part of what a stage asks."""
         log = self._logs / f"{node.name.replace('@', '-')}-assistant.log"
         process = self._context.Process(
-            target=_assist,
+            target=work,
             args=(node.stage, node.item, str(self._root), devices, str(log), part, parts),
             daemon=True,
         )
         with self._starting, without_main():
             process.start()
         return process
-
-
-def _assist(
-    stage: str, item: str, root: str, devices: list[str], log: str, part: int, parts: int
-) -> None:
-    """Assist a stage; the body of a child process."""
-    threading.Thread(target=die_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    redirect(log)
-    if devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    os.chdir(root)
-    assist(stage, item, parameters.load(Path("params.yaml")), Path(root), part, parts)
 
 
 class Host:
@@ -181,14 +172,11 @@ class Host:
         node = self._dag.node(address)
         if "part" in job:
             return self._assist(node, job)
-        started = time.monotonic()
         self._place(address, deps)
         try:
             self._dag.begin(address)
-            fetched = time.monotonic()
             with self._dag.guard(address, owner="taskvec agent"):
                 usage = self._workers.run(node, job["devices"], _throttled(send))
-            worked = time.monotonic()
             outs = self._dag.commit(address)
             entry, cached = self._dag.made(address)
             self._dag.remote.push(set(cached.values()))
@@ -200,11 +188,6 @@ class Host:
                 "files": self._files(node.outs, cached),
                 "described": described(self._root, outs),
                 "usage": {**usage, "host": platform.node()},
-                "seconds": {
-                    "fetch": fetched - started,
-                    "work": worked - fetched,
-                    "push": time.monotonic() - worked,
-                },
             }
         finally:
             self._dag.clear(address, deps)

@@ -7,14 +7,19 @@ of everything that decides it.
 """
 
 import base64
+import os
+import signal
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from flows.workers import die_with_parent, redirect
 from tasks import stages
 from tasks.artifacts import Artifacts
+from taskvec import params
 from taskvec.memo import Memo
 from taskvec.params import Params
 
@@ -70,7 +75,7 @@ class Shared:
             return []
 
 
-def assist(stage: str, item: str, params: Params, root: Path, part: int, parts: int) -> None:
+def assist(stage: str, item: str, loaded: Params, root: Path, part: int, parts: int) -> None:
     """Answer one of several parts of what a stage will ask, from the last point on.
 
     A search over a grid is divided point by point. What another stage asks follows from what it
@@ -80,10 +85,10 @@ def assist(stage: str, item: str, params: Params, root: Path, part: int, parts: 
 
     make_deterministic()
     artifacts = Artifacts(root)
-    keywords = stages.arguments(stage, item, params)
+    keywords = stages.arguments(stage, item, loaded)
     if stage != "search":
         if part == 0:
-            stages.run(stage, item, params, artifacts, lambda progress: None, assist=True)
+            stages.run(stage, item, loaded, artifacts, lambda progress: None, assist=True)
         return
     if keywords["search"].strategy != "grid":
         return
@@ -92,6 +97,19 @@ def assist(stage: str, item: str, params: Params, root: Path, part: int, parts: 
     with posed(artifacts, **keywords) as problem:
         for coefficients, choice in list(_points(problem))[::-1][part::parts]:
             problem.evaluate(coefficients, choice)
+
+
+def work(
+    stage: str, item: str, root: str, devices: list[str], log: str, part: int, parts: int
+) -> None:
+    """Assist a stage; the body of a child process."""
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    redirect(log)
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    os.chdir(root)
+    assist(stage, item, params.load(Path("params.yaml")), Path(root), part, parts)
 
 
 def _points(problem: Any) -> Iterator[tuple[Any, Any]]:

@@ -116,13 +116,19 @@ SCENARIOS: dict[str, Trouble | None] = {
 
 def main() -> int:
     """Make the network, run the scenarios in it, take everything down."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # take all down
     name = os.environ.get(INSIDE)
     if name is not None:
         return scenarios(Network(name))
     with namespaces() as made:
         command = [sys.executable, "-m", "tests.cluster"]
         prefix = ["ip", "netns", "exec", f"{made}1"] if made else []
-        return subprocess.run([*prefix, *command], env={**os.environ, INSIDE: made}).returncode
+        process = subprocess.Popen([*prefix, *command], env={**os.environ, INSIDE: made})
+        try:
+            return process.wait()
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def scenarios(network: Network) -> int:
@@ -173,7 +179,7 @@ def _run(
     if process.returncode:
         notes.append(f"exit code {process.returncode}: {err[-2000:]}")
     lost = [line.strip() for line in err.splitlines() if "lost its host" in line]
-    notes += [f"{len(lost)} stages started again elsewhere"] * bool(lost)
+    notes += [f"stages that started again elsewhere: {len(lost)}"] * bool(lost)
     differences = _differences(place, project, pull=scenario != "local")
     finished = {e["name"] for e in executions(project.root) if e["status"] == "FINISHED"}
     differences += [f"no record of {name}" for name in sorted(ALL - finished)]

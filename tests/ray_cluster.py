@@ -75,13 +75,17 @@ class RayCluster:
         self.address = f"{head.address}:{self._port}"
         self._wait(head)
 
-    def add(self, hosts: int, environment: Mapping[str, str] | None = None) -> list[Node]:
-        """Start hosts that do one stage at a time; Ray fails if several start at once."""
+    def add(
+        self, hosts: int, environment: Mapping[str, str] | None = None, slots: int = 1
+    ) -> list[Node]:
+        """Start hosts, one after another: Ray fails if several start at once."""
         found = []
         for _ in range(hosts):
             found.append(
                 self._start(
-                    f"--address={self.address}", "--num-cpus=1", environment=environment or {}
+                    f"--address={self.address}",
+                    f"--num-cpus={slots}",
+                    environment=environment or {},
                 )
             )
             self._wait(found[-1])
@@ -135,11 +139,13 @@ def loopback() -> Iterator[str]:
 
 
 @contextmanager
-def running(directory: Path, hosts: int, environment: Mapping[str, str]) -> Iterator[RayCluster]:
-    """Yield a cluster of hosts with one slot each, on loopback; nothing of it stays."""
+def running(
+    directory: Path, hosts: int, environment: Mapping[str, str], slots: int = 1
+) -> Iterator[RayCluster]:
+    """Yield a cluster of hosts on loopback; nothing of it stays."""
     cluster = RayCluster(directory, loopback())
     try:
-        cluster.add(hosts, environment)
+        cluster.add(hosts, environment, slots)
         yield cluster
     finally:
         cluster.stop()
