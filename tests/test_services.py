@@ -96,6 +96,14 @@ def kept(mark: str) -> list[psutil.Process]:
     return list(keeper._kept(mark, None))
 
 
+def words(process: psutil.Process) -> list[str]:
+    """Return the command of a process; none if it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def mark_of(project: Project) -> str:
     return str(
         json.loads((project.root / ".taskvec/services.json").read_text())["supervisor"]["mark"]
@@ -286,9 +294,7 @@ def test_a_commit_starts_a_run_and_a_crash_is_told_and_the_next_run_goes_on(
     wait_until(lambda: "run prepare@" in running.log("worker"), "the first stage of a run")
     assert re.search(r"told: .*params\.yaml", running.log("watcher"))
     worker = psutil.Process(running.status()["worker"]["pid"])
-    (engine,) = [
-        p for p in worker.children(recursive=True) if "prefect.engine" in " ".join(p.cmdline())
-    ]
+    (engine,) = [p for p in worker.children(recursive=True) if "prefect.engine" in words(p)]
     engine.kill()
     crash = receiver.wait("Crashed")
     assert crash["deployment"] == "taskvec/run"
