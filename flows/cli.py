@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows import ending
 from flows.ending import leave
 from flows.output import be_patient
-from taskvec.errors import Interrupted, TaskvecError
+from taskvec.errors import TaskvecError
 
 if TYPE_CHECKING:
     from flows.lineage import Lineage
@@ -495,9 +496,7 @@ def main() -> None:
     """Run the command line; errors become one message and an exit code."""
     gc.set_threshold(OBJECTS)
     be_patient()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as below nohup
-            signal.signal(number, _interrupt)
+    ending.hear()
     try:
         code = app(standalone_mode=False)
         leave(code if isinstance(code, int) else 0)
@@ -508,7 +507,7 @@ def main() -> None:
         leave(130)
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on where it stopped")
-        leave(130)
+        leave(128 + (ending.asked() or signal.SIGINT))
     except Exception as error:
         # click's own usage errors know how to show themselves
         show = getattr(error, "show", None)
@@ -516,10 +515,6 @@ def main() -> None:
             raise
         show()
         leave(getattr(error, "exit_code", 2))
-
-
-def _interrupt(number: int, _: object) -> None:
-    raise Interrupted(number)
 
 
 def _root(experiment: str = "") -> Path:

@@ -176,16 +176,16 @@ class _Flow:
 @contextmanager
 def _stopping(workers: Workers) -> Iterator[None]:
     """Let Ctrl-C, SIGTERM and SIGHUP kill the running stages, so that the flow ends by itself."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in signals}
-    heard = [number for number in signals if before[number] != signal.SIG_IGN]  # not below nohup
-    for number in heard:
+    before = {number: signal.getsignal(number) for number in ending.heard()}
+    for number in before:
         signal.signal(number, lambda n, _: workers.stop(n))
+    if ending.asked():  # and something swallowed it
+        workers.stop(ending.asked())
     try:
         yield
     finally:
-        for number in heard:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 async def _with_prefect(run: Run) -> None:

@@ -6,9 +6,11 @@ a family may need a library that takes seconds.
 
 import gc
 import importlib
+import signal
 from contextlib import suppress
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
 gc.disable()  # nothing of what follows is garbage, and looking for it takes a quarter of the time
 
 import psutil  # noqa: E402

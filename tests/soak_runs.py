@@ -251,7 +251,13 @@ def signalled(
 
 
 def _signalled(project: Project, how: str, moment: Moment, seconds: float) -> str:
-    process = project.start(*RUN)
+    with project.start(*RUN) as process:
+        return _asked(project, process, how, moment, seconds)
+
+
+def _asked(
+    project: Project, process: "subprocess.Popen[str]", how: str, moment: Moment, seconds: float
+) -> str:
     assert process.stderr is not None and process.stdout is not None
     if how == "head":
         moment.wait(project, process)
@@ -283,7 +289,7 @@ def _signalled(project: Project, how: str, moment: Moment, seconds: float) -> st
         return f"exit code {code}: {text[-300:]}"
     if "Traceback" in text and code != -number:  # before `main` runs, Python tells it so
         return f"a traceback: {text[-500:]}"
-    return "" if ended or took <= seconds else f"took {took:.1f} s to stop"
+    return "" if ended or took <= seconds else f"took {took:.1f} s to stop ({code})"
 
 
 TOGETHER = ("refused", "waits", "gc", "verify", "status")
