@@ -195,7 +195,7 @@ class Workers:
                 child = Child(self._context, devices, hide=self.slots.gpus > 0)
         self._running.add(child.process)
         try:
-            child.pipe.send(job)
+            _give(child, job, node.name)
             if self.stopped:  # meanwhile
                 child.process.kill()
             yield child, log
@@ -270,6 +270,13 @@ class Workers:
                     raise StageFailed(f"{node.name}: {content[0]}", content[1])
                 case "crash":
                     raise StageFailed(f"{node.name} failed:\n{content[0]}")
+
+
+def _give(child: Child, job: Job, name: str) -> None:
+    try:
+        child.pipe.send(job)
+    except OSError:  # one that waited was killed meanwhile
+        raise StageCrashed(f"{name}: its process died before it began") from None
 
 
 def check_command(node: Node) -> None:
