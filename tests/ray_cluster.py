@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from flows.servers import free_port
@@ -67,11 +68,10 @@ class RayCluster:
         self._prefixes = prefixes or {}
         self.nodes: list[Node] = []
         self._port = free_port()
-        head = self._start(
-            "--head", f"--port={self._port}", "--num-cpus=0", "--include-dashboard=false",
-            f"--temp-dir={directory / 'ray'}", f"--ray-client-server-port={free_port()}",
-            environment={},
-        )  # fmt: skip
+        options = [f"--temp-dir={directory / 'ray'}", "--num-cpus=0", "--include-dashboard=false"]
+        if find_spec("grpc"):  # Ray then serves its client protocol, too, on a port of its own
+            options.append(f"--ray-client-server-port={free_port()}")
+        head = self._start("--head", f"--port={self._port}", *options, environment={})
         self.address = f"{head.address}:{self._port}"
         self._wait(head)
 
