@@ -81,7 +81,8 @@ def run(
             done = bring_up_to_date(
                 root, targets or [], slots=slots, wait=wait, listener=listener, say=_say
             )
-    sys.exit(report(root, *done, say=_say))
+    if code := report(root, *done, say=_say):
+        sys.exit(code)
 
 
 @app.command()

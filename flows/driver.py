@@ -24,6 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from flows import ending
+from flows.fingerprints import state
 from flows.handover import DATA, FOUND, environment_digests, reachable, received, send, socket_path
 from flows.nodes import Listener, Node, Outcome
 from flows.plan import SOURCES
@@ -32,7 +33,6 @@ from flows.workers import resident
 from tasks.artifacts import experiments
 from taskvec.errors import Busy, Interrupted, TaskvecError
 
-ROOMS = ("flows", "tasks", "taskvec")
 LOOK_SECONDS = 2.0  # between looks at the code while there is nothing to do
 KEPT_SECONDS = 600.0  # that models stay loaded while nobody searches
 RUNS = 200  # after which it starts anew, whatever a library may have kept by then
@@ -143,7 +143,11 @@ class Driver:
 
     def _changed(self) -> str:
         """Return what has changed so that this process must start anew; empty if nothing has."""
-        if _code() != self._code:
+        try:
+            same = _code() == self._code
+        except OSError:  # a file has just gone
+            same = False
+        if not same:
             return "code or packages"
         return (
             ""
@@ -241,14 +245,12 @@ def _peer(connection: socket.socket) -> int:
 
 def _code() -> list[tuple[str, int, int]]:
     """Return what changes when code or installed packages change: names, times and sizes."""
-    sources = [path for room in ROOMS for path in (SOURCES / room).rglob("*.py")]
-    installed = [Path(entry) for entry in sys.path if entry.endswith("site-packages")]
-    found = []
-    for path in [*sources, *installed]:
+    found = list(state(SOURCES))
+    for path in [Path(entry) for entry in sys.path if entry.endswith("site-packages")]:
         with suppress(OSError):
-            state = path.stat()
-            found.append((str(path), state.st_mtime_ns, state.st_size))
-    return sorted(found)
+            info = path.stat()
+            found.append((str(path), info.st_mtime_ns, info.st_size))
+    return found
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 from taskvec.errors import InvalidInput
 
 PACKAGES = ("taskvec", "tasks")
+ROOMS = ("flows", *PACKAGES)
 EFFECTS = "<import>"
 PLAIN_DECORATORS = {"property", "classmethod", "staticmethod", "override"}
 LOOKUPS = {"getattr", "hasattr", "attrgetter", "methodcaller"}  # take attributes as strings
@@ -26,6 +27,13 @@ IMPORT = ast.Import | ast.ImportFrom
 COMPOUND = ast.If | ast.Try | ast.With | ast.For | ast.While | ast.Match
 
 Target = tuple[str, str]  # a module and a name in it, which is empty for the module itself
+
+
+def state(root: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return name, time and size of every source below ``root``; they change with the code."""
+    paths = [path for room in ROOMS for path in (root / room).rglob("*.py")]
+    found = [(path, path.stat()) for path in sorted(paths)]
+    return tuple((str(path), info.st_mtime_ns, info.st_size) for path, info in found)
 
 
 @dataclass

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from configparser import ConfigParser
-from functools import cache
+from functools import lru_cache
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
@@ -24,7 +24,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError
 
 from flows.blocks import FILES, of_seed
-from flows.fingerprints import Code
+from flows.fingerprints import Code, state
 from tasks.artifacts import Artifacts, experiments
 from tasks.stages import NAMES
 from taskvec import params as parameters
@@ -134,7 +134,7 @@ def check(root: Path, params: Params) -> None:
 
 def code_fingerprints(params: Params) -> dict[str, Any]:
     """Return the contents of code.yaml: versions, and a digest of the code of every stage."""
-    code = _code()
+    code = _code(SOURCES, state(SOURCES))
     family = f"taskvec.models.{params.model.family}"
     result: dict[str, Any] = {
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
@@ -175,10 +175,11 @@ def code_fingerprints(params: Params) -> dict[str, Any]:
     return result
 
 
-@cache
-def _code() -> Code:
-    """Return the code of this process, which is read once."""
-    return Code(SOURCES)
+@lru_cache(maxsize=1)
+def _code(root: Path, found: tuple[tuple[str, int, int], ...]) -> Code:
+    """Return the code below a directory; it is read again when its files are others."""
+    del found
+    return Code(root)
 
 
 def _by_edit(

