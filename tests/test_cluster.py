@@ -75,10 +75,10 @@ def forget(project: Project) -> None:
     shutil.rmtree(project.root / ".dvc/cache/files")
 
 
-def busy(cluster: RayCluster, stage: str) -> Node | None:
-    """Return the host that does a stage, if one does."""
+def busy(cluster: RayCluster) -> Node | None:
+    """Return the host that was given the first stage and prepares for it, if one was."""
     for node in cluster.nodes[1:]:
-        if any(node.home.glob(f"checkouts/*/*/.taskvec/logs/{stage}.log")):
+        if any(node.home.glob("checkouts/*/*/.taskvec/logs/agent.log")):
             return node
     return None
 
@@ -91,7 +91,7 @@ def ran(driver: Project, cluster: RayCluster) -> tuple[str, Node | None]:
     process = driver.start("run")
     lost = None
     while process.poll() is None and lost is None:
-        lost = busy(cluster, "fine_tune-digits-0")
+        lost = busy(cluster)
         time.sleep(0.005)
     if lost:
         lost.kill()
