@@ -2,9 +2,11 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -58,7 +60,7 @@ class RayCluster:
         """Start the head.
 
         Args:
-            directory: for everything that it writes; a short path, since sockets lie below it.
+            directory: for everything that it writes; their logs and checkouts.
             addresses: the next one is the head's, then one for every host.
             prefixes: address -> what a command on that host begins with, such as a namespace.
             settings: of Ray, by environment; default: `QUICK`.
@@ -68,7 +70,8 @@ class RayCluster:
         self._prefixes = prefixes or {}
         self.nodes: list[Node] = []
         self._port = free_port()
-        options = [f"--temp-dir={directory / 'ray'}", "--num-cpus=0", "--include-dashboard=false"]
+        self._sockets = tempfile.mkdtemp(prefix="ray-")  # their names may have 107 bytes
+        options = [f"--temp-dir={self._sockets}", "--num-cpus=0", "--include-dashboard=false"]
         if find_spec("grpc"):  # Ray then serves its client protocol, too, on a port of its own
             options.append(f"--ray-client-server-port={free_port()}")
         head = self._start("--head", f"--port={self._port}", *options, environment={})
@@ -101,6 +104,7 @@ class RayCluster:
         for node in self.nodes:
             if node.process.poll() is None:
                 node.kill()
+        shutil.rmtree(self._sockets, ignore_errors=True)
 
     def _start(self, *options: str, environment: Mapping[str, str]) -> Node:
         address = next(self._addresses)
