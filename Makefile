@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo results studies test coverage check soak cluster-test mutate readme bench clean-data
+.PHONY: demo results studies test nightly coverage check soak cluster-test mutate readme bench clean-data
 
 demo: $(READY)  ## the default experiment, its table and its report
 	taskvec run
@@ -23,6 +23,9 @@ studies: $(READY)  ## the paper's image experiments on data below $TASKVEC_DATA,
 
 test: check  ## everything that CI runs
 	python -m pytest -q $(PARALLEL)
+
+nightly: $(READY)  ## tests of servers that fail, of schedules and of a cluster, which take minutes
+	python -m pytest -q -m nightly
 
 coverage: $(READY)  ## the tests, and which lines of taskvec/ they do not reach; half as long again
 	python -m pytest -q $(PARALLEL) --cov=taskvec --cov-report=term:skip-covered

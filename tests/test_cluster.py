@@ -18,7 +18,7 @@ from tests.project import Project, result
 from tests.ray_cluster import Node, RayCluster, running
 
 pytest.importorskip("ray", reason="ray of the extra dev is not installed")
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.nightly]
 
 # These run on the cluster; all others are up to date, with their files in the remote.
 AGAIN = {

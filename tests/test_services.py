@@ -283,6 +283,7 @@ def test_what_does_not_start_is_told_with_its_log_and_nothing_is_left_running(
             assert process.pid in before or place not in " ".join(process.cmdline())
 
 
+@pytest.mark.nightly
 def test_a_commit_starts_a_run_and_a_crash_is_told_and_the_next_run_goes_on(
     running: Running,
 ) -> None:
