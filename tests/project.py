@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
@@ -168,6 +169,7 @@ class Project:
             [sys.executable, "-m", "flows.cli", *arguments],
             cwd=self.root, env=self.environment(), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            preexec_fn=_hear_interrupts,
         )  # fmt: skip
 
     def command(self, *words: str) -> Result:

@@ -167,7 +167,7 @@ def test_a_killed_stage_is_tried_again(project: Project) -> None:
 
 
 def test_a_run_can_be_watched_and_stopped(project: Project) -> None:
-    project.replace("params.yaml", "{steps: 6,", "{steps: 1000,")
+    project.replace("params.yaml", "{steps: 6,", "{steps: 600,")
     driver = project.start("run", "fine_tune@digits-0")
 
     def loss_of_a_running_stage() -> list[object]:
