@@ -202,6 +202,11 @@ class Project:
         path.write_text(text.replace(old, new, 1))
 
 
+def _hear_interrupts() -> None:
+    """Let Ctrl-C be heard also where the tests themselves run in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def result(code: int, out: str, err: str) -> Result:
     """Return a finished command with the stage outcomes that it printed."""
     found = re.findall(r"^\[ *\d+/\d+\] .{8}  (run-cache|run|unchanged|failed)\s+(\S+)$", err, re.M)
