@@ -305,10 +305,7 @@ def together(runs: Runs, draw: random.Random, how: str = "") -> str:
         code = first.wait(300)
         if wrong or code != 0:
             return f"{how}: {wrong or f'the run ended with {code}'}"
-        found = runs.completed(project)
-        if how == "gc" and found.startswith("finished stages ran again"):
-            return ""  # it removed what was finished and not in the lock file yet
-        return f"{how}: {found}" if found else ""
+        return f"{how}: {found}" if (found := runs.completed(project)) else ""
 
 
 def _refused(project: Project, first: "subprocess.Popen[Any]", *_: object) -> str:

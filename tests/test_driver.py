@@ -115,7 +115,7 @@ def test_a_client_stops_its_run_and_whoever_comes_meanwhile_is_told(
     text = (project.root / "params.yaml").read_text()
     project.replace("params.yaml", "{steps: 6,", "{steps: 400,")
     try:
-        for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
             _wait_until_ready(project)
             before = _stages(driver.pid)
             client = project.start("run", "fine_tune@digits-0")
