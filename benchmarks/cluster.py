@@ -19,7 +19,6 @@ from pathlib import Path
 from benchmarks.measuring import Times, conditions, ratio_cell, table, timed
 from benchmarks.pipeline import _environment, _template
 from flows.dag import Dag
-from flows.edit_models import FLUSH_SECONDS
 from flows.servers import started_prefect
 from flows.sparse import SparseDag
 from tests import bucket
@@ -103,7 +102,6 @@ def _books(root: Path, names: tuple[str, ...]) -> float:
         dag.upload(address, known)
         dag.adopt(address, entries[address], {})
         dag.commit(address)
-        dag.flush(at_most_every=FLUSH_SECONDS)
     return (time.process_time() - started) / len(addresses)
 
 

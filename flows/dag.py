@@ -1,12 +1,13 @@
 """DVC's graph: what is stale and why, and the bookkeeping around a stage.
 
-The only module that imports dvc, whose Python interface is not public: the version is pinned.
+With flows/lock_file.py the only module that imports dvc, whose Python interface is not public: the
+version is pinned.
 The life of a stage:
 
     begin   (repository locked) remove old outputs; restore from the run cache, else
     run     (not locked, by somebody else) the stage writes its outputs; rwlock entries guard them
-    commit  (repository locked) hash, check that the dependencies did not move, put into the cache
-    flush   write the lock entries of finished stages, atomically, in the order of the plan
+    commit  (repository locked) hash, check that the dependencies did not move, put into the cache,
+            write the lock entry, atomically, in the order of the plan
 
 What `dvc repro` would leave is left here byte for byte: see tests/test_pipeline.py.
 """
@@ -15,7 +16,6 @@ import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -31,11 +31,11 @@ from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK, rwlock
 from dvc.stage import Stage
 from dvc.stage.cache import RunCacheNotFoundError
 from dvc.stage.serialize import to_single_stage_lockfile
-from dvc.utils.serialize import dumps_yaml, load_path, load_yaml
+from dvc.utils.serialize import load_path, load_yaml
 
+from flows.lock_file import LockFile
 from flows.nodes import Node, Reason
 from tasks.artifacts import Artifacts
-from taskvec.atomic import write_text
 from taskvec.errors import InvalidInput, TaskvecError, nearest
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # what happens is told by the flow
@@ -52,8 +52,6 @@ class Dag:
         """Load the graph below ``root``, the directory of dvc.yaml and the working directory."""
         self._root = root
         self._mutex = threading.RLock()
-        self._entries: dict[str, dict[str, dict[str, Any]]] = {}  # lock file -> stage -> entry
-        self._flushed = self._flush_seconds = 0.0
         try:
             self._repo = Repo(str(root), _wait_for_lock=True)
             self._graph = get_active_graph(self._repo.index.graph)
@@ -65,6 +63,11 @@ class Dag:
         self._main = [self._address(stage) for stage in plan_repro(self._graph, main)]
         rest = [self._address(stage) for stage in plan_repro(self._graph)]
         self.order = list(dict.fromkeys([*self._main, *rest]))
+        position = {self._stages[address].name: i for i, address in enumerate(self.order)}
+        self._lock_files = {
+            path: LockFile(Path(path), position)
+            for path in {self._lock_path(stage) for stage in self._stages.values()}
+        }
         self._saved = {address: _remember(stage) for address, stage in self._stages.items()}
         self._retracted = _retracted(root)
 
@@ -100,7 +103,7 @@ class Dag:
     def entries(self) -> dict[str, dict[str, Any]]:
         """Return what the lock files record: address -> entry (cmd, deps, params, outs)."""
         result = {}
-        for path in sorted({self._lock_path(stage) for stage in self._stages.values()}):
+        for path in sorted(self._lock_files):
             stages = (load_yaml(path) if Path(path).is_file() else {}).get("stages", {})
             for address, stage in self._stages.items():
                 if self._lock_path(stage) == path and stage.name in stages:
@@ -177,7 +180,7 @@ class Dag:
                 stack.close()
 
     def commit(self, address: str) -> dict[str, str]:
-        """Hash and cache the outputs of a stage; return path -> md5 of each.
+        """Hash and cache the outputs of a stage and record it; return path -> md5 of each.
 
         Raises:
             StageChanged: a dependency is not what it was when the stage began.
@@ -210,34 +213,6 @@ class Dag:
             if not isinstance(dep, ParamsDependency) and dep.hash_info
         }
 
-    def flush(self, *, at_most_every: float = 0.0) -> None:
-        """Write the entries of all stages committed since the last flush into the lock files.
-
-        Args:
-            at_most_every: seconds; within them nothing is done, since rewriting a long lock file
-                costs a tenth of a second; and not for more than a tenth of the time, since that of
-                thousands of stages costs seconds. What a kill then loses comes back from the run
-                cache.
-        """
-        pause = max(at_most_every, 9 * self._flush_seconds) if at_most_every else 0.0
-        if time.monotonic() - self._flushed < pause:
-            return
-        with self._locked():
-            started = time.monotonic()
-            for path, fresh in list(self._entries.items()):
-                text = load_yaml(path) if Path(path).is_file() else {}
-                stages = {**text.get("stages", {}), **fresh}
-                position = {self._stages[a].name: i for i, a in enumerate(self.order)}
-                last = len(position)
-                ordered = sorted(stages, key=lambda name: position.get(name, last))
-                write_text(
-                    Path(path),
-                    dumps_yaml({"schema": "2.0", "stages": {n: stages[n] for n in ordered}}),
-                )
-                del self._entries[path]
-            self._flushed = time.monotonic()
-            self._flush_seconds = self._flushed - started
-
     def repair(self) -> None:
         """Remove a truncated rwlock file, which a kill of any DVC command may leave.
 
@@ -263,13 +238,14 @@ class Dag:
                 )
 
     def _record(self, address: str) -> dict[str, str]:
-        """Keep the lock entry of a committed stage for `flush`; return path -> md5 of its outs."""
+        """Write the lock entry of a committed stage; return path -> md5 of its outs."""
         stage = self._stages[address]
-        self._entries.setdefault(self._lock_path(stage), {})[stage.name] = to_single_stage_lockfile(
-            stage
-        )
+        self._write(stage, to_single_stage_lockfile(stage))
         self._saved[address] = _remember(stage)
         return {self._relative(out): str(out.hash_info.value) for out in stage.outs}
+
+    def _write(self, stage: Stage, entry: dict[str, Any]) -> None:
+        self._lock_files[self._lock_path(stage)].write(stage.name, entry)
 
     def _status(self, item: Any) -> dict[str, str]:
         """Return what is wrong with a file; nothing if it is as recorded."""

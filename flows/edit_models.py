@@ -31,7 +31,6 @@ from tasks.stages import Progress
 from taskvec.errors import Interrupted, ServiceUnreachable, TaskvecError
 
 RETRIES = 1
-FLUSH_SECONDS = 1.0
 PROGRESS_SECONDS = 0.5  # at most one metric a stage in this time; the last step always
 # What fails is told by the flow itself, once.
 QUIET = {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL"}
@@ -90,7 +89,6 @@ def run_flow(
             failed = any(outcome.how in ("failed", "not run") for outcome in run.outcomes.values())
             status = "FAILED" if failed else "FINISHED"
         finally:
-            dag.flush()
             tracker.close(status, hurry=bool(workers.stopped))
         flow.end()
     if workers.stopped:
@@ -301,7 +299,6 @@ def _perform(
             seconds = time.monotonic() - started
             _finish(run, node, Outcome(node.name, "failed", seconds, str(error), code))
         raise
-    run.dag.flush(at_most_every=FLUSH_SECONDS)
     inputs = run.dag.inputs(node.address)
     said = run.workers.described.pop(node.address, None)
     run.tracker.end(node.address, "FINISHED", outs, inputs, usage, said)

@@ -229,6 +229,11 @@ class SparseDag(_Elsewhere):
 class HostDag(_Elsewhere):
     """The graph of a host's checkout: does one stage at a time and remembers nothing of it."""
 
+    def __init__(self, root: Path) -> None:
+        """Load the graph below ``root``; see `Dag`."""
+        super().__init__(root)
+        self._entries: dict[str, dict[str, Any]] = {}  # stage -> what `made` returns
+
     def node(self, address: str) -> Node:
         """Return a stage.
 
@@ -266,7 +271,7 @@ class HostDag(_Elsewhere):
         """Return the lock entry of a committed stage, and path -> md5 of what the cache holds."""
         with self._locked():
             stage = self._stages[address]
-            entry = self._entries[self._lock_path(stage)].pop(stage.name)
+            entry = self._entries.pop(address)
             cached = {self._relative(out): _digest(out) for out in stage.outs if out.use_cache}
             return _plain(entry), cached
 
@@ -278,6 +283,9 @@ class HostDag(_Elsewhere):
     def _restore(self, stage: Any) -> bool:
         del stage
         return False
+
+    def _write(self, stage: Any, entry: dict[str, Any]) -> None:
+        self._entries[self._address(stage)] = entry
 
 
 def _digest(item: Any) -> str:

@@ -102,7 +102,6 @@ def test_a_run_that_has_nothing_to_do_imports_no_more_than_status(
         "    for out in node.outs:\n"
         "        Path(out).write_text(out)\n"
         "    dag.commit(node.address)\n"
-        "dag.flush()\n"
     )
     done = copy.command(sys.executable, "-W", "ignore", "-c", code)
     assert done.code == 0, done.err

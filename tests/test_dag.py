@@ -11,10 +11,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
+from dvc.utils.serialize import dumps_yaml, load_yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from flows.dag import Dag, StageChanged
+from flows.lock_file import LockFile
 from taskvec.errors import InvalidInput, TaskvecError
 from tests.project import ROOT
 
@@ -120,6 +126,11 @@ def dvc(root: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     )  # fmt: skip
 
 
+def stages(root: Path) -> dict[str, Any]:
+    """Return the entries of the lock file."""
+    return dict(load_yaml(root / "dvc.lock")["stages"])
+
+
 def work(dag: Dag, root: Path, address: str) -> None:
     """Do a stage as a worker would: write new files."""
     node = next(node for node in dag.plan(list(ALL)) if node.address == address)
@@ -137,7 +148,6 @@ def bring_up_to_date(root: Path) -> dict[str, str]:
                 subprocess.run(["sh", "-c", node.command], cwd=root, check=True)
         if how != "skip":
             dag.commit(node.address)
-    dag.flush()
     return hows
 
 
@@ -293,7 +303,6 @@ def test_a_failed_attempt_is_never_taken_for_a_finished_one(done: Path) -> None:
         assert not (done / "data/joined.txt").exists()  # and here the stage fails
     work(dag, done, "join")
     dag.commit("join")
-    dag.flush()
     assert "width: 2" in (done / "dvc.lock").read_text()
     assert reasons(done) == {}
 
@@ -306,7 +315,6 @@ def test_a_failed_attempt_then_other_parameters_run_again(done: Path) -> None:
     assert dag.begin("join") == "run"
     work(dag, done, "join")
     dag.commit("join")
-    dag.flush()
     assert "width: 3" in (done / "dvc.lock").read_text()
 
 
@@ -319,7 +327,6 @@ def test_a_dependency_that_moves_while_its_stage_runs_is_noticed(done: Path) -> 
     change(done, "data/mnist.txt", "text", "moved")
     with pytest.raises(StageChanged, match=r"data/mnist\.txt changed while join ran; run again"):
         dag.commit("join")
-    dag.flush()
     assert (done / "dvc.lock").read_bytes() == before
 
 
@@ -352,24 +359,65 @@ def test_outputs_are_read_only_because_they_may_share_their_bytes_with_the_cache
     assert not (done / "data/joined.txt").stat().st_mode & 0o222
 
 
-def test_a_flush_keeps_the_entries_of_other_stages_and_leaves_no_temporary_file(
+def test_a_commit_keeps_what_others_wrote_meanwhile_and_leaves_no_temporary_file(
     done: Path,
 ) -> None:
     entries = Dag(done).entries()
+    dag = Dag(done)
+    for width in (2, 1):
+        change(done, "params.yaml", f"width: {3 - width}", f"width: {width}")
+        dag.begin("join")
+        work(dag, done, "join")
+        dag.commit("join")
+        recorded = Dag(done).entries()
+        assert recorded["join"]["params"]["params.yaml"]["model"]["width"] == width
+        if width == 2:
+            foreign = {"schema": "2.0", "stages": {"gone": {"cmd": "true"}, **stages(done)}}
+            (done / "dvc.lock").write_text(dumps_yaml(foreign))
+    assert list(stages(done)) == [*(name for name in entries if ":" not in name), "gone"]
+    assert Dag(done).entries() == entries
+    assert not list(done.glob(".writing*"))
+
+
+def test_a_committed_stage_survives_a_collection_of_garbage_at_once(done: Path) -> None:
+    """Its outputs are in the cache and in the lock file, or neither."""
     change(done, "params.yaml", "width: 1", "width: 2")
     dag = Dag(done)
     assert dag.begin("join") == "run"
     work(dag, done, "join")
     dag.commit("join")
-    dag.flush(at_most_every=3600.0)  # the first is always written
-    change(done, "params.yaml", "width: 2", "width: 1")
-    dag.begin("join")
-    dag.commit("join")
-    dag.flush(at_most_every=3600.0)
-    assert Dag(done).entries()["join"]["params"]["params.yaml"]["model"]["width"] == 2
-    dag.flush()
-    assert Dag(done).entries() == entries
-    assert not list(done.glob(".writing*"))
+    gone = dvc(done, "gc", "--workspace", "--force")
+    assert gone.returncode == 0, gone.stderr
+    (done / "data/joined.txt").unlink()
+    assert dvc(done, "checkout").returncode == 0
+    assert reasons(done) == {}
+
+
+NAMES = st.from_regex(r"[a-z][a-z0-9@-]{0,5}", fullmatch=True) | st.text("a@-'\\né:#", min_size=1)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=90),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=6,
+)
+ENTRIES = st.dictionaries(NAMES, st.dictionaries(NAMES, VALUES, min_size=1, max_size=3), min_size=1)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(ENTRIES, st.randoms(use_true_random=False))
+def test_a_lock_file_written_an_entry_at_a_time_is_what_dvc_writes_at_once(
+    tmp_path: Path, entries: dict[str, dict[str, object]], draw: Random
+) -> None:
+    path = tmp_path / "dvc.lock"
+    path.unlink(missing_ok=True)
+    file = LockFile(path, {name: place for place, name in enumerate(entries)})
+    for name in draw.sample(list(entries), len(entries)):
+        file.write(name, {"cmd": "old"})
+        if draw.random() < 0.3:  # another process goes on
+            file = LockFile(path, {name: place for place, name in enumerate(entries)})
+        file.write(name, entries[name])
+    assert path.read_text() == dumps_yaml({"schema": "2.0", "stages": entries})
 
 
 def test_a_lock_file_is_whole_at_every_moment(done: Path) -> None:
@@ -390,13 +438,12 @@ def test_a_lock_file_is_whole_at_every_moment(done: Path) -> None:
         assert dag.begin("join") == "run"
         work(dag, done, "join")
         dag.commit("join")
-        dag.flush()
     stop.set()
     watcher.join()
     assert seen == {size}
 
 
-def test_threads_may_commit_and_flush_at_the_same_time(root: Path, done_template: Path) -> None:
+def test_threads_may_commit_at_the_same_time(root: Path, done_template: Path) -> None:
     dag = Dag(root)
 
     def bring(address: str) -> None:
@@ -404,13 +451,10 @@ def test_threads_may_commit_and_flush_at_the_same_time(root: Path, done_template
         with dag.guard(address, owner="test"):
             work(dag, root, address)
         dag.commit(address)
-        dag.flush()
 
     for together in (["prepare@mnist", "prepare@digits"], ["join"], [ALL[-1]]):
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(bring, together))
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: dag.flush(), range(8)))
     for name in ("dvc.lock", "edits/dvc.lock"):
         assert filecmp.cmp(done_template / name, root / name, shallow=False), name
     assert reasons(root) == {}
@@ -440,7 +484,6 @@ def test_a_guarded_stage_cannot_be_run_by_another_dvc_command(done: Path) -> Non
         assert f"(PID {os.getpid()}): taskvec run join" in refused.stdout + refused.stderr
         work(dag, done, "join")
     dag.commit("join")
-    dag.flush()
     again = dvc(done, "repro", "join")
     assert again.returncode == 0
     assert "didn't change" in again.stdout

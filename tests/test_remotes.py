@@ -75,7 +75,6 @@ class Driver:
                     dag.adopt(node.address, *self.perform(node, deps, small))
                 if how != "skip":
                     dag.commit(node.address)
-            dag.flush()
         return hows
 
     def perform(
