@@ -59,7 +59,7 @@ def workers(
     from flows.workers import Workers
 
     if not isinstance(dag, SparseDag):
-        return Workers(root, slots)
+        return Workers(root, slots, {node.stage for node in stale})
     from flows.cluster import RayWorkers
 
     return RayWorkers(root, slots, dag, stale, note)

@@ -32,7 +32,6 @@ def use_once() -> None:
     tables.check(curve, tables.Training, "a curve")
     expressions.parse("c * a", ["a"], ["c"])
     pictures.losses({"a": curve}, "a", "a")
-    importlib.import_module("torch._inductor.config")  # torch does at a stage's first step
 
 
 use_once()

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -28,7 +28,7 @@ from typing import Any
 from flows.nodes import Node
 from flows.slots import Slots
 from flows.usage import GpuSampler, Meter, Usage
-from tasks.stages import ASSISTED, NAMES, Progress
+from tasks.stages import ASSISTED, NAMES, TRAINING, Progress
 from taskvec.errors import InvalidInput, TaskvecError, nearest
 
 KILLED = 137  # what a shell reports for SIGKILL
@@ -135,9 +135,17 @@ resident = Resident()  # of this process, as its fork server is
 class Workers:
     """Runs stages in child processes."""
 
-    def __init__(self, root: Path, slots: Slots) -> None:
+    def __init__(self, root: Path, slots: Slots, stages: Collection[str] = NAMES) -> None:
+        """Prepare nothing yet.
+
+        Args:
+            root: the directory of params.yaml.
+            slots: how many stages run at once, and on which devices.
+            stages: those of `tasks.stages.NAMES` that may run.
+        """
         self._root = root
         self.slots = slots
+        self._stages = stages
         self._logs = root / ".taskvec" / "logs"
         self._context = multiprocessing.get_context("forkserver")
         self._starting = threading.Lock()
@@ -153,7 +161,8 @@ class Workers:
         # One thread a process, also for libraries that read this when they are imported.
         os.environ["OMP_NUM_THREADS"] = "1"
         self._logs.mkdir(parents=True, exist_ok=True)
-        self._context.set_forkserver_preload(["flows.warm", "flows.workers"])
+        training = ["flows.warm_training"] if set(TRAINING) & set(self._stages) else []
+        self._context.set_forkserver_preload(["flows.warm", *training, "flows.workers"])
         with without_main():
             forkserver.ensure_running()
 

@@ -19,6 +19,7 @@ NAMES = (
 
 # Stages that ask a memory first, and have a function `assist` that fills it from the other end.
 ASSISTED = ("search", "sweep")
+TRAINING = ("fine_tune", "few_shot")  # stages with an optimizer
 
 Progress = dict[str, float]
 Emit = Callable[[Progress], None]
