@@ -100,7 +100,7 @@ class Driver:
 
         Prefect takes the address of its server when it is imported: without one it is not.
         """
-        from flows import edit_models, slots, tracking, workers
+        from flows import edit_models, recording, slots, tracking, workers
 
         with _environment(os.environ.get(DATA)):
             workers.Workers(self._top, slots.find_slots()).start()
@@ -110,7 +110,8 @@ class Driver:
 
                 self._runs = RUNS
             with suppress(Exception):  # whoever runs is told what is wrong with MLflow
-                tracking.Connection(self._top).client  # noqa: B018
+                if not recording.sends_later():
+                    tracking.Connection(self._top).client  # noqa: B018
         gc.freeze()  # what was imported is no garbage, and looking for it takes a second
 
     def serve(self, listening: socket.socket) -> None:

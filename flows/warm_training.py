@@ -1,6 +1,7 @@
-"""What the fork server imports beside flows/warm.py if a stage trains: torch does at its first step.
+"""What the fork server imports beside flows/warm.py if a stage trains.
 
-It takes a second, which a run without such a stage need not spend.
+Torch imports it at the first step of an optimizer. It takes a second, which other runs need not
+spend.
 """
 
 import gc

@@ -4,7 +4,7 @@ Stages run in children of a fork server that has torch and the model's library i
 stage instead of seconds. A child sends its progress through a pipe, is killed at its timeout, and
 dies with the driver.
 
-The process of a stage that keeps what it loads (`RESIDENT`) stays for the next such stage on its
+The process of a search, an evaluation or a report (`RESIDENT`) stays for the next of them on its
 device. A stage that remembers what it computes (`tasks.stages.ASSISTED`) gets assistants while
 slots are idle: processes that do the same work from the other end and leave it in the memory. They
 decide nothing, so that the result is the same with any number of them, and end as soon as anybody
@@ -35,7 +35,8 @@ KILLED = 137  # what a shell reports for SIGKILL
 TAIL = 15  # lines of a stage's own output that an error shows
 # seconds: a stage is only assisted after this time, and idle slots are looked for so often
 ASSIST_AFTER, ASSIST_EVERY = 3.0, 0.25
-RESIDENT = ("search",)  # stages that keep what they load: see tasks/kept.py
+# Stages of a changed range: their process stays, with what a search keeps (tasks/kept.py).
+RESIDENT = ("search", "evaluate", "report")
 OURS = "TASKVEC_"  # variables that a stage sees as they are now, not as the fork server began
 
 

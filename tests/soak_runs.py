@@ -324,8 +324,9 @@ def _refused(project: Project, first: "subprocess.Popen[Any]", *_: object) -> st
 def _waits(project: Project, first: "subprocess.Popen[Any]", *_: object) -> str:
     wait_for_holder(project, first)
     done = project.taskvec(*RUN, "--wait")
-    if done.code != 0 or first.poll() is None:
+    if done.code != 0:
         return f"exit code {done.code}: {done.err[-300:]}"
+    first.wait(LEFT_SECONDS)  # it had let go of the checkout
     return "" if not done.stages("run") else f"ran {done.stages('run')} again"
 
 

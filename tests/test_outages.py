@@ -6,7 +6,7 @@ import pytest
 
 from tests.soak_runs import TOGETHER, Moment, Runs, together, unserved
 
-pytestmark = [pytest.mark.pipeline, pytest.mark.nightly]
+pytestmark = pytest.mark.pipeline
 
 
 @pytest.fixture(scope="module")
