@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows import assets, ending, runner
+from flows import assets, crashed, ending, runner
 from flows.dag import Dag
 from flows.nodes import Listener, Node, Outcome
 from flows.recording import StageRecord, Tracker
@@ -238,6 +238,8 @@ async def _with_prefect(run: Run) -> None:
             if node.address not in run.outcomes:
                 run.outcomes[node.address] = Outcome(node.name, "not run", error="upstream failed")
         run.settled.set()
+        with suppress(Exception):  # what Prefect shows of other runs must not stop this one
+            await crashed.tell(Artifacts(run.root).top)
         await create_table_artifact(  # type: ignore[misc]
             key="stages", table=_table(run), description="What became of each stage"
         )

@@ -236,6 +236,22 @@ def settle(top: Path) -> list[str]:
     return killed
 
 
+def killed_flow_runs(top: Path, last: int) -> list[str]:
+    """Return the Prefect flow runs of those of the last runs that were killed and settled.
+
+    Args:
+        top: the repository.
+        last: how many runs are looked at.
+    """
+    ended = closed(top)
+    found = []
+    for path in logs(top)[-last:]:
+        flow_run = ended.get(path.stem, {}).get("context", {}).get("prefect_flow_run")
+        if flow_run and json.loads(path.read_bytes().splitlines()[-1]).get("status") == KILLED:
+            found.append(flow_run)
+    return found
+
+
 def _end(log: Log) -> bool:
     """Close a log that nobody holds; return whether its run was killed."""
     events = [event for event, _ in read(log.path)]

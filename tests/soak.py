@@ -1,7 +1,8 @@
 """`python -m tests.soak [ROW ...] [--minutes N]`: faults in numbers that no suite has time for.
 
 Each row has a target. Trials add up over invocations (.taskvec/soak.json), and docs/reliability.md
-has the sums. A trial that fails is printed with what repeats it.
+has the sums. A trial that fails is printed with what repeats it. Several rows may be done at once,
+one by each process.
 """
 
 import argparse
@@ -66,12 +67,13 @@ def _try(name: str, subject: Any, found: dict[str, Any], end: float) -> None:
     target = ROWS[name].target
     with trials(name, subject) as trial:
         while found["trials"] < target and time.monotonic() < end:
-            seed = found["trials"]
-            if wrong := trial(random.Random(f"{name} {seed}")):
+            seed = found["calls"] = found.get("calls", found["trials"]) + 1
+            number, wrong = trial(random.Random(f"{name} {seed}"))
+            if wrong:
                 found["failures"].append(f"{seed}: {wrong}")
                 _say(f"{name} {seed}: {wrong}")
-            found["trials"] += 1
-            if found["trials"] % ROWS[name].note == 0:
+            found["trials"] += number
+            if seed % ROWS[name].note == 0:
                 _note(name, found)
                 _say(f"{name}: {found['trials']} of {target}")
     _note(name, found)
@@ -128,7 +130,7 @@ def _finished(directory: Path, server: dict[str, str]) -> Project:
 
 @contextmanager
 def trials(name: str, subject: Any) -> Iterator[Trial]:
-    """Yield what does one trial of a row.
+    """Yield what does trials of a row.
 
     Args:
         name: of the row.
@@ -136,20 +138,20 @@ def trials(name: str, subject: Any) -> Iterator[Trial]:
     """
     match name:
         case "rebuild":
-            yield lambda draw: rebuilt(subject, draw)
+            yield lambda draw: (1, rebuilt(subject, draw))
         case "race":
-            yield raced
+            yield lambda draw: (1, raced(draw))
         case _ if name in RUNS:
             yield lambda draw: RUNS[name](subject, draw)
         case _:
             with Lineage(subject.root) as lineage:
                 match name:
                     case "bytes":
-                        yield lambda draw: damaged(lineage, draw)
+                        yield lambda draw: (1, damaged(lineage, draw))
                     case "clean":
-                        yield lambda draw: clean(lineage, draw)
+                        yield lambda draw: (1, clean(lineage, draw))
                     case _:
-                        yield lambda draw: mutated(subject.root, draw)
+                        yield lambda draw: (1, mutated(subject.root, draw))
 
 
 def damaged(lineage: Lineage, draw: random.Random) -> str:

@@ -4,9 +4,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests import soak_runs
+from tests import soak_beside, soak_runs, soak_servers, soak_signals
 
-Trial = Callable[[random.Random], str]  # what went wrong; empty if nothing did
+# How many trials there were, and what went wrong; empty if nothing did
+Trial = Callable[[random.Random], tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ ROWS = {
         ),
         Row(
             "kill",
-            "kill -9 of all processes of a run, at the boundary of a stage or at any moment",
+            "kill -9 of all processes of runs in a row, at boundaries of stages or at any moment",
             AS_IF,
             500,
             note=1,
         ),
         Row(
             "orphan",
-            "kill -9 of the driver alone, half of the time with stages frozen; run again at once",
+            "kill -9 of the drivers of runs in a row, half of the time with stages frozen",
             AS_IF,
             100,
             note=1,
@@ -97,10 +98,11 @@ ROWS = {
     )
 }
 
-RUNS: dict[str, Callable[[soak_runs.Runs, random.Random], str]] = {
+
+RUNS: dict[str, Callable[[soak_runs.Runs, random.Random], tuple[int, str]]] = {
     "kill": soak_runs.killed,
     "orphan": soak_runs.orphaned,
-    "prefect": soak_runs.unserved,
-    "together": soak_runs.together,
-    "signals": soak_runs.signalled,
+    "prefect": lambda runs, draw: (1, soak_servers.unserved(runs, draw)),
+    "together": lambda runs, draw: (1, soak_beside.together(runs, draw)),
+    "signals": lambda runs, draw: (1, soak_signals.signalled(runs, draw)),
 }

@@ -1,20 +1,18 @@
-"""Trials of whole runs: `taskvec run` is killed, stopped, doubled, or loses its server.
+"""Trials of whole runs: `taskvec run` is killed.
 
 A trial copies the smallest experiment, disturbs a real run of it, runs again without any manual
 step, and compares all that is there with a run that nobody disturbed.
 """
 
 import os
-import platform
 import random
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import md5
@@ -23,19 +21,16 @@ from typing import IO, Any
 
 import psutil
 
-from flows import outbox, servers
+from flows import outbox
 from tests import tiny_experiment
 from tests.project import Project
 
 LOCKS = ("dvc.lock", "edits/dvc.lock")
 CACHE = Path(".dvc/cache/files/md5")
 LINES = 20  # of a log of the whole experiment: its start, two a stage, its end
-STOPPED_SECONDS = 5.0  # from a signal to the end of the run
-REFUSED_SECONDS = 5.0  # until a second run is refused
+STARTING = 0.5  # the part of a whole run's time before its first stage
+MOST = 6  # runs that are killed one after the other
 LEFT_SECONDS = 10.0  # that a fork server may take to see that its driver is gone
-HUNG_SECONDS = 25.0
-GONE_SECONDS = 30.0  # from the loss of a server to the end of a run that gives up
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 RUN = ("run", tiny_experiment.TARGET)
 
 
@@ -171,11 +166,22 @@ class Moment:
     seconds: float = 10**9
 
     @classmethod
-    def drawn(cls, draw: random.Random, runs: Runs) -> "Moment":
-        """Return a boundary or a time, evenly over a run."""
+    def drawn(cls, draw: random.Random, runs: Runs, left: float = 1.0) -> "Moment":
+        """Return a boundary or a time, evenly over a run that has a part of the work left."""
         if draw.random() < 0.5:
-            return cls(lines=draw.randint(1, LINES))
-        return cls(seconds=draw.uniform(0.0, runs.seconds))
+            return cls(lines=draw.randint(1, 1 + round((LINES - 1) * left)))
+        return cls(seconds=draw.uniform(0.0, runs.seconds * (STARTING + (1 - STARTING) * left)))
+
+    @classmethod
+    def several(
+        cls, draw: random.Random, runs: Runs, project: Project, most: int
+    ) -> "Iterator[Moment]":
+        """Yield moments for runs of a project one after the other, until nothing is left to do."""
+        for _ in range(most):
+            done = {e["name"] for e in outbox.executions(project.root) if e["status"] == "FINISHED"}
+            if done == tiny_experiment.STAGES:
+                return
+            yield cls.drawn(draw, runs, 1 - len(done) / len(tiny_experiment.STAGES))
 
     def wait(self, project: Project, process: "subprocess.Popen[Any]") -> None:
         """Wait for the moment, or for the end of the process."""
@@ -188,31 +194,44 @@ class Moment:
             time.sleep(0.001)
 
 
-def killed(runs: Runs, draw: random.Random, moments: list[Moment] | None = None) -> str:
-    """Kill all processes of a run, at several moments one run after another; then run again."""
-    mlflow = {"TASKVEC_MLFLOW": "now"} if moments is None and draw.random() < 0.1 else {}
+def killed(runs: Runs, draw: random.Random, most: int = 0) -> tuple[int, str]:
+    """Kill all processes of a run, several times one run after another; then run again.
+
+    Args:
+        runs: the experiment.
+        draw: when.
+        most: how often; 0: that is drawn, too.
+
+    Returns:
+        How many runs were killed, since some end before, and what went wrong.
+    """
+    mlflow = {"TASKVEC_MLFLOW": "now"} if not most and draw.random() < 0.1 else {}
+    kills = 0
     with runs.project(**mlflow) as project:
-        for moment in moments or [Moment.drawn(draw, runs)]:
-            with _started(project) as process:
+        for moment in Moment.several(draw, runs, project, most or draw.randint(1, MOST)):
+            with started(project) as process:
                 moment.wait(project, process)
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
-        return runs.completed(project)
+                    kills += 1
+        return kills, runs.completed(project)
 
 
-def orphaned(runs: Runs, draw: random.Random, moments: list[Moment] | None = None) -> str:
-    """Kill the driver alone, perhaps while a stage is frozen, and run again at once."""
+def orphaned(runs: Runs, draw: random.Random, most: int = 0) -> tuple[int, str]:
+    """Kill drivers alone, perhaps while a stage is frozen, and run again at once; as `killed`."""
+    kills = 0
     with runs.project() as project:
-        for moment in moments or [Moment.drawn(draw, runs)]:
-            with _started(project) as process:
+        for moment in Moment.several(draw, runs, project, most or draw.randint(1, MOST)):
+            with started(project) as process:
                 moment.wait(project, process)
                 frozen = stages_below(process.pid) if draw.random() < 0.5 else []
                 for stage in frozen:
                     with suppress(psutil.NoSuchProcess):
                         stage.suspend()
+                kills += process.poll() is None
                 process.kill()
                 process.wait()
-        return runs.completed(project)
+        return kills, runs.completed(project)
 
 
 def stages_below(driver: int) -> list[psutil.Process]:
@@ -226,208 +245,8 @@ def stages_below(driver: int) -> list[psutil.Process]:
     return found
 
 
-SIGNALS = ("interrupt", "twice", "terminate", "hang up", "head")
-
-
-def signalled(
-    runs: Runs,
-    draw: random.Random,
-    asked: list[tuple[str, Moment]] | None = None,
-    seconds: float = STOPPED_SECONDS,
-) -> str:
-    """Ask a run to stop, or stop reading what it says; then run again.
-
-    Args:
-        runs: the experiment.
-        draw: what and when, if nothing is asked.
-        asked: what is done to one run after another, and when.
-        seconds: that a run may take to end.
-    """
-    with runs.project() as project:
-        for how, moment in asked or [(draw.choice(SIGNALS), Moment.drawn(draw, runs))]:
-            if wrong := _signalled(project, how, moment, seconds):
-                return f"{how}: {wrong}"
-        return runs.completed(project)
-
-
-def _signalled(project: Project, how: str, moment: Moment, seconds: float) -> str:
-    with project.start(*RUN) as process:
-        return _asked(project, process, how, moment, seconds)
-
-
-def _asked(
-    project: Project, process: "subprocess.Popen[str]", how: str, moment: Moment, seconds: float
-) -> str:
-    assert process.stderr is not None and process.stdout is not None
-    if how == "head":
-        moment.wait(project, process)
-        process.stderr.close()
-        process.stdout.close()
-        code = process.wait(300)
-        return "" if code == 0 else f"exit code {code} although only the reader left"
-    said: list[str] = []
-    reader = threading.Thread(target=lambda: said.extend(process.stderr or []), daemon=True)
-    reader.start()
-    moment.wait(project, process)
-    number = {"terminate": signal.SIGTERM, "hang up": signal.SIGHUP}.get(how, signal.SIGINT)
-    ended = process.poll() is not None
-    began = time.monotonic()
-    with suppress(ProcessLookupError):
-        if how == "terminate":
-            process.send_signal(number)
-        else:
-            os.killpg(process.pid, number)
-        if how == "twice":
-            time.sleep(0.2)
-            os.killpg(process.pid, number)
-    code = process.wait(300)
-    took = time.monotonic() - began
-    reader.join(10)
-    text = "".join(said)
-    # A shell shows both in the same way: 128 and the number.
-    if code not in (0, EXIT_CODES[number], -number):
-        return f"exit code {code}: {text[-300:]}"
-    if "Traceback" in text and code != -number:  # before `main` runs, Python tells it so
-        return f"a traceback: {text[-500:]}"
-    return "" if ended or took <= seconds else f"took {took:.1f} s to stop ({code})"
-
-
-TOGETHER = ("refused", "waits", "gc", "verify", "status")
-
-
-def together(runs: Runs, draw: random.Random, how: str = "") -> str:
-    """Do something else in a checkout while it runs."""
-    how = how or draw.choice(TOGETHER)
-    with runs.project() as project, _started(project) as first:
-        wrong = {"refused": _refused, "waits": _waits}.get(how, _beside)(
-            project, first, Moment.drawn(draw, runs), how
-        )
-        code = first.wait(300)
-        if wrong or code != 0:
-            return f"{how}: {wrong or f'the run ended with {code}'}"
-        return f"{how}: {found}" if (found := runs.completed(project)) else ""
-
-
-def _refused(project: Project, first: "subprocess.Popen[Any]", *_: object) -> str:
-    wait_for_holder(project, first)
-    began = time.monotonic()
-    done = project.taskvec(*RUN)
-    took = time.monotonic() - began
-    if first.poll() is not None and done.code == 0:
-        return ""  # the first was faster
-    named = str(first.pid) in done.err and platform.node() in done.err
-    if done.code != 6 or not named or took > REFUSED_SECONDS:
-        return f"exit code {done.code} after {took:.1f} s: {done.err[-300:]}"
-    return ""
-
-
-def _waits(project: Project, first: "subprocess.Popen[Any]", *_: object) -> str:
-    wait_for_holder(project, first)
-    done = project.taskvec(*RUN, "--wait")
-    if done.code != 0:
-        return f"exit code {done.code}: {done.err[-300:]}"
-    first.wait(LEFT_SECONDS)  # it had let go of the checkout
-    return "" if not done.stages("run") else f"ran {done.stages('run')} again"
-
-
-def _beside(project: Project, first: "subprocess.Popen[Any]", moment: Moment, how: str) -> str:
-    moment.wait(project, first)
-    commands = {
-        "gc": ("dvc", "gc", "--workspace", "--force"),
-        "verify": (sys.executable, "-m", "flows.cli", "verify"),
-        "status": (sys.executable, "-m", "flows.cli", "status"),
-    }
-    done = project.command(*commands[how])
-    # what is being made just now may not be whole yet, and is then told so
-    fine = {"verify": {0, 4, 5}}.get(how, {0})
-    wrong = done.code not in fine or "Traceback" in done.err
-    return f"exit code {done.code}: {done.err[-300:]}" if wrong else ""
-
-
-def wait_for_holder(project: Project, process: "subprocess.Popen[Any]") -> None:
-    """Wait until a run holds its checkout."""
-    while process.poll() is None and not (project.root / ".taskvec/run.json").is_file():
-        time.sleep(0.005)
-
-
-LOSSES = ("down", "hung", "killed", "restarted")
-
-
-def unserved(runs: Runs, draw: random.Random, how: str = "", moment: Moment | None = None) -> str:
-    """Take the Prefect server away from a run; then run again with another one."""
-    how = how or draw.choice(LOSSES)
-    moment = moment or Moment.drawn(draw, runs)
-    home = runs.directory / f"server-{draw.randrange(10**9)}"
-    away = nullcontext((None, _settings(home)))
-    with (
-        away if how == "down" else _server(home, _settings(home)) as (process, environment),
-        runs.project(**environment) as project,
-    ):
-        with _started(project) as run:
-            moment.wait(project, run)
-            began, ended = time.monotonic(), run.poll() is not None
-            if process and how == "hung":
-                _hang(process)
-            elif process:
-                _kill(process)
-            again = _server(home, environment) if how == "restarted" else nullcontext()
-            with again:
-                code = run.wait(300)
-            took = time.monotonic() - began
-        if code not in (0, 7) or (how == "down" and code != 7):
-            return f"{how}: exit code {code}: {_tail(run)}"
-        if code == 7 and not ended and took > GONE_SECONDS:
-            return f"{how}: gave up after {took:.0f} s only"
-        project.server = {**project.server, **runs.environment}
-        return f"{how}: {found}" if (found := runs.completed(project)) else ""
-
-
-def _settings(home: Path) -> dict[str, str]:
-    """Return the environment of a Prefect server that nobody has started."""
-    return servers.prefect_environment(home, servers.free_port(), servers.new_password())
-
-
 @contextmanager
-def _server(
-    home: Path, environment: dict[str, str]
-) -> Iterator[tuple["subprocess.Popen[bytes]", dict[str, str]]]:
-    """Yield a Prefect server with its environment."""
-    port = int(environment["PREFECT_SERVER_API_PORT"])
-    log = home / "server.log"
-    process = servers.spawn(servers.prefect_command(port, ui=False), log, environment)
-    try:
-        headers = servers.authorization(environment["PREFECT_API_AUTH_STRING"])
-        url = f"{environment['PREFECT_API_URL']}/health"
-        servers.wait_for(url, process, log, "the Prefect server", headers)
-        yield process, environment
-    finally:
-        servers.stop(process)
-
-
-def _hang(keeper: "subprocess.Popen[bytes]") -> None:
-    """Freeze a server for a while."""
-    frozen = psutil.Process(keeper.pid).children(recursive=True)
-    for process in frozen:
-        process.suspend()
-
-    def resume() -> None:
-        for process in frozen:
-            with suppress(psutil.NoSuchProcess):
-                process.resume()
-
-    timer = threading.Timer(HUNG_SECONDS, resume)
-    timer.daemon = True
-    timer.start()
-
-
-def _kill(keeper: "subprocess.Popen[bytes]") -> None:
-    for process in psutil.Process(keeper.pid).children(recursive=True):
-        process.kill()
-    keeper.wait(30)
-
-
-@contextmanager
-def _started(project: Project) -> Iterator["subprocess.Popen[Any]"]:
+def started(project: Project) -> Iterator["subprocess.Popen[Any]"]:
     """Yield a run that writes what it says into a file of its own."""
     said: IO[str]
     with (project.root / ".taskvec/said.txt").open("w+") as said:
@@ -446,5 +265,5 @@ def _started(project: Project) -> Iterator["subprocess.Popen[Any]"]:
             process.wait()
 
 
-def _tail(process: "subprocess.Popen[Any]") -> str:
+def tail(process: "subprocess.Popen[Any]") -> str:
     return Path(process.said).read_text()[-500:]  # type: ignore[attr-defined]

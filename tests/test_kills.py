@@ -3,7 +3,10 @@
 A few of what tests/soak.py does by the hundred; here one run after another of the same experiment.
 """
 
+import json
+import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import locking
-from tests.soak_runs import Moment, Runs, killed, orphaned, signalled
+from flows import locking, outbox
+from tests.soak_runs import Moment, Runs, killed, orphaned, started
+from tests.soak_signals import signalled
 
 pytestmark = pytest.mark.pipeline
 
@@ -22,18 +26,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory, prefect_server: dict[str, str
     return Runs(tmp_path_factory.mktemp("runs"), prefect_server)
 
 
-@pytest.mark.parametrize("first", [1, 2])
-def test_ten_kills_in_a_row_lose_nothing_and_repeat_nothing(runs: Runs, first: int) -> None:
-    draw = random.Random(first)
-    boundaries = [Moment(lines=first + number) for number in (0, 1, 2, 3, 5)]
-    moments = [*boundaries, *(Moment(seconds=draw.uniform(0, runs.seconds)) for _ in range(5))]
-    draw.shuffle(moments)
-    assert killed(runs, draw, moments) == ""
+def test_twenty_kills_lose_nothing_and_repeat_nothing(runs: Runs) -> None:
+    draw, kills = random.Random(0), 0
+    while kills < 20:
+        number, wrong = killed(runs, draw, 20 - kills)
+        assert wrong == ""
+        kills += number
 
 
 def test_stages_of_a_killed_driver_are_ended_even_frozen_ones(runs: Runs) -> None:
-    moments = [Moment(lines=number) for number in (2, 3, 4, 5, 7)]
-    assert orphaned(runs, random.Random(0), moments) == ""
+    draw, kills = random.Random(0), 0
+    while kills < 5:
+        number, wrong = orphaned(runs, draw, 5 - kills)
+        assert wrong == ""
+        kills += number
 
 
 def test_a_run_that_is_asked_to_stop_does_so_and_the_next_goes_on(runs: Runs) -> None:
@@ -48,6 +54,28 @@ def test_a_run_that_is_asked_to_stop_does_so_and_the_next_goes_on(runs: Runs) ->
         ("head", Moment(lines=2)),
     ]
     assert signalled(runs, random.Random(0), asked, seconds=15) == ""  # others use the cores, too
+
+
+STATES = """
+import anyio, json, sys
+from prefect.client.orchestration import get_client
+async def main():
+    async with get_client() as client:
+        print(json.dumps([(await client.read_flow_run(i)).state_name for i in sys.argv[1:]]))
+anyio.run(main)
+"""
+
+
+def test_prefect_shows_a_killed_run_as_crashed_after_the_next_one(runs: Runs) -> None:
+    with runs.project() as project:
+        with started(project) as process:
+            Moment(lines=3).wait(project, process)
+            os.killpg(process.pid, signal.SIGKILL)
+        assert runs.completed(project) == ""
+        begun = [json.loads(log.read_text().splitlines()[0]) for log in outbox.logs(project.root)]
+        flow_runs = [event["tags"]["prefect.flow_run"] for event in begun]
+        done = project.command(sys.executable, "-W", "ignore", "-c", STATES, *flow_runs)
+    assert json.loads(done.out.splitlines()[-1]) == ["Crashed", "Completed"], done.err
 
 
 def test_the_fork_server_imports_the_model_family_of_its_experiment_and_no_other(

@@ -4,7 +4,9 @@ import random
 
 import pytest
 
-from tests.soak_runs import TOGETHER, Moment, Runs, together, unserved
+from tests.soak_beside import TOGETHER, together
+from tests.soak_runs import Moment, Runs
+from tests.soak_servers import unserved
 
 pytestmark = pytest.mark.pipeline
 
