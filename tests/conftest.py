@@ -1,6 +1,7 @@
 """Shared fixtures: a Prefect server for the session, and a finished tiny project."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from tests.prefect_database import SHARED, seed
 from tests.project import ALL, Project
 
 settings.register_profile(
@@ -23,6 +25,16 @@ settings.register_profile(
 MUTATION = os.environ.get("HYPOTHESIS_PROFILE") == "mutation"
 if MUTATION:
     settings.load_profile("mutation")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # its environment is that of the workers, too
+        os.environ[SHARED] = tempfile.mkdtemp(prefix="taskvec-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(SHARED))
 
 
 @pytest.hookimpl(trylast=True)
@@ -43,7 +55,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
     """Return the environment of a running Prefect server."""
     from flows.servers import started_prefect
 
-    with started_prefect(tmp_path_factory.mktemp("prefect"), ui=False) as server:
+    with started_prefect(seed(tmp_path_factory.mktemp("prefect")), ui=False) as server:
         yield server.environment
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from flows import servers
+from tests.prefect_database import seed
 from tests.soak_runs import Moment, Runs, started, tail
 
 HUNG_SECONDS = 25.0
@@ -23,6 +24,7 @@ def unserved(runs: Runs, draw: random.Random, how: str = "", moment: Moment | No
     how = how or draw.choice(LOSSES)
     moment = moment or Moment.drawn(draw, runs)
     home = runs.directory / f"server-{draw.randrange(10**9)}"
+    seed(home)
     away = nullcontext((None, _settings(home)))
     with (
         away if how == "down" else _server(home, _settings(home)) as (process, environment),

@@ -20,6 +20,7 @@ import pytest
 import requests
 
 from flows import keeper, services
+from tests.prefect_database import seed
 from tests.project import Project
 
 pytestmark = pytest.mark.pipeline
@@ -131,6 +132,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         project.command(
             "git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qam", "often"
         )
+        seed(project.root)
         done = project.taskvec("services", "up")
         assert done.code == 0, done.err
         try:
