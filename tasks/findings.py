@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from tasks import kept
 from tasks.artifacts import Artifacts
 from tasks.inputs import mapped
 from taskvec import gates, similarity, summaries, tables
@@ -111,23 +112,34 @@ def gather(artifacts: Artifacts, params: Params, seed: int) -> Run:
     """Read what one seed left behind: all experts, and the edits that are made for it."""
     edits = [name for name, edit in params.edits.items() if seed in params.seeds_of(edit)]
     evaluations = [
-        tables.read(artifacts.evaluation(name, seed), tables.Evaluation)
+        _table(artifacts.evaluation(name, seed), tables.Evaluation)
         for name in (*params.experts, *edits)
     ]
-    vectors: dict[str, Lazy] = {
-        task: StoredVector(mapped(artifacts.vector(task, seed), "vector")) for task in params.tasks
-    }
-    first = next(iter(vectors.values()))
+    vectors = {task: artifacts.vector(task, seed) for task in params.tasks}
+    cosines, size = kept.once(_cosines, vectors, files=list(vectors.values()))
     return Run(
         seed=seed,
         scores=Scores.gather(evaluations),
         searches={
-            edit: tables.read(artifacts.search_table(edit, seed), tables.Search) for edit in edits
+            edit: _table(artifacts.search_table(edit, seed), tables.Search) for edit in edits
         },
         chosen={edit: read_json(artifacts.coefficients(edit, seed)) for edit in edits},
-        cosines=similarity.cosines(vectors),
-        parameters=sum(map(first.size, first.shapes)),
+        cosines=cosines,
+        parameters=size,
     )
+
+
+def _table(path: Path, schema: type[tables.Table]) -> pd.DataFrame:
+    return kept.once(tables.read, path, schema, files=[path])
+
+
+def _cosines(paths: dict[str, Path]) -> tuple[pd.DataFrame, int]:
+    """Return the cosines of vectors, and how many parameters one has."""
+    vectors: dict[str, Lazy] = {
+        task: StoredVector(mapped(path, "vector")) for task, path in paths.items()
+    }
+    first = next(iter(vectors.values()))
+    return similarity.cosines(vectors), sum(map(first.size, first.shapes))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,13 +1,17 @@
-"""What a process that does several searches keeps between them: the base model and bases of edits.
+"""What a process that does several stages keeps between them.
 
-Something kept is used again only while its file is the same, by inode, size and time of change, and
-by one user at a time: a tower that is being edited is nobody else's.
+For searches the base model and bases of edits, for reports what they read and draw. Something kept
+is used again only while its files are the same, by inode, size and time of change, and a tower by
+one user at a time: one that is being edited is nobody else's.
 """
 
+import hashlib
+import pickle
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from tasks.artifacts import Artifacts
 from tasks.inputs import architecture, checkpoint
@@ -16,11 +20,14 @@ from taskvec.sections import Model
 from taskvec.towers import Tower
 
 BASES = 4  # of edits; the memory that a base takes is one model a coefficient
+MADE = 1000  # tables and figures of reports
 
 State = tuple[str, int, int, int]
+T = TypeVar("T")
 
 _towers: dict[tuple[State, str], tuple[Tower, Weights]] = {}
 _bases: OrderedDict[State, Weights] = OrderedDict()
+_made: OrderedDict[tuple[str, tuple[State, ...]], object] = OrderedDict()
 
 
 @contextmanager
@@ -50,6 +57,25 @@ def basis(artifacts: Artifacts, edit: str, seed: int) -> Weights:
     while len(_bases) > BASES:
         _bases.popitem(last=False)
     return found
+
+
+def once(make: Callable[..., T], *arguments: Any, files: Sequence[Path] = (), **named: Any) -> T:
+    """Return what a function makes of its arguments; nobody changes it.
+
+    Args:
+        make: depends on nothing but arguments and files.
+        *arguments: values that can be pickled.
+        files: that it reads.
+        **named: as ``arguments``.
+    """
+    stated = pickle.dumps((make, arguments, named))  # never read again
+    key = hashlib.sha256(stated).hexdigest(), tuple(_state(path) for path in files)
+    found = _made.pop(key, None)
+    made: T = make(*arguments, **named) if found is None else found  # type: ignore[assignment]
+    _made[key] = made
+    while len(_made) > MADE:
+        _made.popitem(last=False)
+    return made
 
 
 def _state(path: Path) -> State:

@@ -13,7 +13,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from tasks import graph, results
+from tasks import graph, kept, results
 from tasks.artifacts import EXPERIMENTS, Artifacts
 from tasks.findings import (
     FEASIBLE,
@@ -93,8 +93,8 @@ def render_page(artifacts: Artifacts, params: Params) -> str:
     edits = {name: edit for name, edit in params.edits.items() if name in run.chosen}
     params = params.model_copy(update={"edits": edits})
     training = {
-        task: tables.read(artifacts.training(task, run.seed), tables.Training)
-        for task in params.tasks
+        task: kept.once(tables.read, path, tables.Training, files=[path])
+        for task, path in ((t, artifacts.training(t, run.seed)) for t in params.tasks)
     }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -116,8 +116,9 @@ def render_page(artifacts: Artifacts, params: Params) -> str:
         groups=_group_figures(run, params),
         cosine_figure=_cosine_figure(run),
         loss_figure=Markup(
-            pictures.losses(
-                training, "losses", f"Fine-tuning loss by step; panels: {spoken(list(training))}"
+            kept.once(
+                pictures.losses, training, "losses",
+                f"Fine-tuning loss by step; panels: {spoken(list(training))}",
             )
         ),
         training={task: table["loss"] for task, table in training.items()},
@@ -252,14 +253,18 @@ def _search_figure(run: Run, params: Params, name: str) -> dict[str, Any]:
     ident = f"search-{name}"
     kind = _figure_kind(table, names)
     if kind == "curves":
-        svg = pictures.curves(
-            table, names[0], objective, quantity, list(params.tasks), ident, label
+        svg = kept.once(
+            pictures.curves, table, names[0], objective, quantity, list(params.tasks), ident, label
         )
     elif kind == "surface":
-        svg = pictures.surface(table, (names[0], names[1]), objective, quantity, ident, label)
+        svg = kept.once(
+            pictures.surface, table, (names[0], names[1]), objective, quantity, ident, label
+        )
     else:
         largest = edit.objective.maximize is not None
-        svg = pictures.profiles(table, names, quantity, largest=largest, ident=ident, label=label)
+        svg = kept.once(
+            pictures.profiles, table, names, quantity, largest=largest, ident=ident, label=label
+        )
     return {
         "name": name,
         "svg": Markup(svg),
@@ -321,7 +326,9 @@ def _group_figures(run: Run, params: Params) -> list[dict[str, Any]]:
                     "name": group,
                     "task": gains.task,
                     "scored": run.scores.score("pretrained", gains.task).items,
-                    "svg": Markup(pictures.bars(rows, f"group-{group}-{gains.task}", label)),
+                    "svg": Markup(
+                        kept.once(pictures.bars, rows, f"group-{group}-{gains.task}", label)
+                    ),
                     "gains": gains,
                     "expressions": {n: " ".join(e.expression.split()) for n, e in edits.items()},
                     "sentences": gain_sentences(gains),
@@ -338,7 +345,7 @@ def _cosine_figure(run: Run) -> dict[str, Any] | None:
     left, right, value = summaries.closest(run.cosines, names)
     caption = f"The closest two are {left} and {right}: {value:.2f}."
     label = f"Cosine similarity of the task vectors of {spoken(names)}. {caption}"
-    svg = pictures.heat_map(run.cosines, "cosines", label)
+    svg = kept.once(pictures.heat_map, run.cosines, "cosines", label)
     return {"svg": Markup(svg), "caption": caption}
 
 
@@ -355,5 +362,5 @@ def _graph_figure(root: Path) -> dict[str, Any]:
     ]
     headings = [stack[0].kind for stack in stacks]
     label = f"Stage graph: {len(stages)} stages in the order {', then '.join(headings)}"
-    svg = pictures.graph(headings, nodes, graph.edges(stages), "graph", label)
+    svg = kept.once(pictures.graph, headings, nodes, graph.edges(stages), "graph", label)
     return {"svg": Markup(svg), "stages": len(stages), "kinds": headings}

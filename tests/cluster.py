@@ -1,12 +1,14 @@
-"""`python -m tests.cluster`: one experiment on a cluster to which bad things happen.
+"""`python -m tests.cluster [--demo] [SCENARIO ...]`: an experiment on a cluster in trouble.
 
 Hosts of a Ray cluster have directories of their own and nothing in common but an S3 store; the
 driver records in PostgreSQL, through a Prefect server and an MLflow server. Where this may make
 network namespaces (as root), every host is one, and a cut cable is a cut cable; elsewhere all are
 on loopback, and a host whose network is cut is stopped instead. Prints a table; exit code 1 if any
-output differs from that of a run on one machine. Nothing is left behind.
+output differs from that of a run on one machine. Nothing is left behind. The experiment is the
+one of the tests, or with --demo that of the repository, which takes several times as long.
 """
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -26,12 +28,12 @@ from flows.outbox import executions
 from flows.servers import free_port, spawn, started_prefect, stop, wait_for
 from flows.tracking import server_command
 from tests import bucket
-from tests.project import ALL, Project, result
+from tests.project import ROOT, Project, result
 from tests.ray_cluster import Node, RayCluster, loopback
 
 HOSTS = 3
 CUT_SECONDS = 20
-LONG = "fine_tune@digits-0"  # while it runs, things happen
+LONG = {False: "fine_tune@digits-0", True: "fine_tune@mnist-0"}  # while it runs, things happen
 INSIDE = "TASKVEC_CLUSTER_NETWORK"  # tells this program that it runs in the driver's namespace
 NETWORK = "10.77.0"
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0"}  # else Ray's own
@@ -80,7 +82,9 @@ class Place:
     database: postgres.Server | None
     environment: dict[str, str]
     store: bucket.Store
+    long: str  # the stage while which things happen
     expected: dict[str, str] = field(default_factory=dict)
+    stages: set[str] = field(default_factory=set)  # those of the run on one machine
 
 
 Trouble = Callable[[Place, Node], str]  # what happens while a host fine-tunes; in words
@@ -117,11 +121,17 @@ SCENARIOS: dict[str, Trouble | None] = {
 def main() -> int:
     """Make the network, run the scenarios in it, take everything down."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # take all down
+    parser = argparse.ArgumentParser(prog="python -m tests.cluster")
+    parser.add_argument("scenarios", nargs="*", help=f"of {', '.join(map(repr, SCENARIOS))}")
+    parser.add_argument("--demo", action="store_true", help="the repository's own experiment")
+    asked = parser.parse_args()
+    if unknown := set(asked.scenarios) - SCENARIOS.keys():
+        parser.error(f"no such scenario: {', '.join(sorted(unknown))}")
     name = os.environ.get(INSIDE)
     if name is not None:
-        return scenarios(Network(name))
+        return scenarios(Network(name), asked.scenarios or list(SCENARIOS), demo=asked.demo)
     with namespaces() as made:
-        command = [sys.executable, "-m", "tests.cluster"]
+        command = [sys.executable, "-m", "tests.cluster", *sys.argv[1:]]
         prefix = ["ip", "netns", "exec", f"{made}1"] if made else []
         process = subprocess.Popen([*prefix, *command], env={**os.environ, INSIDE: made})
         try:
@@ -131,25 +141,34 @@ def main() -> int:
             process.wait()
 
 
-def scenarios(network: Network) -> int:
-    """Run every scenario; return the exit code."""
-    with tempfile.TemporaryDirectory(prefix="tv-") as name, running(Path(name), network) as place:
-        template = Project.create(place.directory / "template", {})
-        params = template.root / "params.yaml"
-        params.write_text(params.read_text().replace("steps: 6,", "steps: 60,"))
-        template.command(sys.executable, "-m", "flows.plan")
-        _commit(template)
+def scenarios(network: Network, names: list[str], *, demo: bool) -> int:
+    """Run scenarios; return the exit code."""
+    with (
+        tempfile.TemporaryDirectory(prefix="tv-") as directory,
+        running(Path(directory), network, LONG[demo]) as place,
+    ):
+        template = _template(place.directory / "template", demo=demo)
         rows = [_row("one machine, no cluster", *_run(place, template, "local", None))]
-        for scenario, trouble in SCENARIOS.items():
-            if scenario != "nothing happens" and not place.expected:
-                break
-            rows.append(_row(scenario, *_run(place, template, scenario, trouble)))
+        for scenario in names if place.expected else []:
+            rows.append(_row(scenario, *_run(place, template, scenario, SCENARIOS[scenario])))
         said = "network namespaces" if network.name else "loopback"
     _say(f"\n{HOSTS} hosts with one slot each, {said}:\n")
     _say(table(["what happens", "seconds", "stages run", "differences", "notes"], rows))
     bad = [row for row in rows if row[3] != "0"]
     _say(f"\n{len(rows)} runs, {len(bad)} that differ")
-    return 1 if bad else 0
+    return 1 if bad or len(rows) <= len(names) else 0
+
+
+def _template(root: Path, *, demo: bool) -> Project:
+    """Return a checkout with the experiment, in which nothing has run."""
+    if demo:
+        project = Project.create(root, {}, (ROOT / "params.yaml").read_text())
+    else:
+        project = Project.create(root, {})
+        project.replace("params.yaml", "steps: 6,", "steps: 60,")
+    assert project.command(sys.executable, "-m", "flows.plan").code == 0
+    _commit(project)
+    return project
 
 
 def _row(scenario: str, seconds: float, stages: int, differences: int, notes: str) -> list[str]:
@@ -171,9 +190,9 @@ def _run(
     started = time.monotonic()
     process = project.start("run")
     if trouble:
-        node = _busy(place.cluster, process)
-        notes.append(trouble(place, node) if node else f"{LONG} was not seen on a host")
-    _, err = process.communicate(timeout=1200)
+        node = _busy(place, process)
+        notes.append(trouble(place, node) if node else f"{place.long} was not seen on a host")
+    _, err = process.communicate(timeout=3600)
     seconds = time.monotonic() - started
     done = result(process.returncode, "", err)
     if process.returncode:
@@ -182,18 +201,19 @@ def _run(
     notes += [f"stages that started again elsewhere: {len(lost)}"] * bool(lost)
     differences = _differences(place, project, pull=scenario != "local")
     finished = {e["name"] for e in executions(project.root) if e["status"] == "FINISHED"}
-    differences += [f"no record of {name}" for name in sorted(ALL - finished)]
+    place.stages = place.stages or finished
+    differences += [f"no record of {name}" for name in sorted(place.stages - finished)]
     if "MLflow does not answer" in err:
         notes.append("MLflow gets the record with the next run")
     return seconds, len(done.stages("run")), len(differences), "; ".join([*notes, *differences[:3]])
 
 
-def _busy(cluster: RayCluster, process: "subprocess.Popen[str]") -> Node | None:
+def _busy(place: Place, process: "subprocess.Popen[str]") -> Node | None:
     """Wait until a host does the long stage; return it, or None if the run ended before."""
-    log = f"checkouts/*/*/.taskvec/logs/{LONG.replace('@', '-')}.log"
+    log = f"checkouts/*/*/.taskvec/logs/{place.long.replace('@', '-')}.log"
     since = time.time()
     while process.poll() is None:
-        for node in cluster.nodes[1:]:
+        for node in place.cluster.nodes[1:]:
             if any(path.stat().st_mtime > since for path in node.home.glob(log)):
                 time.sleep(1)  # into the middle
                 return node
@@ -224,11 +244,11 @@ def _differences(place: Place, project: Project, *, pull: bool) -> list[str]:
 def _commit(project: Project) -> None:
     name = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
     assert project.command("git", "add", "-A").code == 0
-    assert project.command("git", *name, "commit", "-qm", "longer").code == 0
+    assert project.command("git", *name, "commit", "-qm", "rendered").code == 0
 
 
 @contextmanager
-def running(directory: Path, network: Network) -> Iterator[Place]:
+def running(directory: Path, network: Network, long: str) -> Iterator[Place]:
     """Start database, servers, store and hosts; end them all."""
     with ExitStack() as stack:
         database = stack.enter_context(postgres.server())
@@ -252,7 +272,7 @@ def running(directory: Path, network: Network) -> Iterator[Place]:
         cluster = RayCluster(directory / "c", network.addresses, network.prefixes, SETTINGS)
         stack.callback(cluster.stop)
         cluster.add(HOSTS, store.environment)
-        yield Place(directory, network, cluster, database, environment, store)
+        yield Place(directory, network, cluster, database, environment, store, long)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Shared fixtures: a Prefect server for the session, and a finished tiny project."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -28,8 +29,15 @@ if MUTATION:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # while thousands of tests are collected
     if not hasattr(config, "workerinput"):  # its environment is that of the workers, too
         os.environ[SHARED] = tempfile.mkdtemp(prefix="taskvec-tests-")
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what is no garbage is not looked through any more
+    gc.enable()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -17,7 +17,6 @@ from flows.outbox import executions
 from tests.project import Project, result
 from tests.ray_cluster import Node, RayCluster, running
 
-pytest.importorskip("ray", reason="ray of the extra dev is not installed")
 pytestmark = [pytest.mark.pipeline, pytest.mark.nightly]
 
 # These run on the cluster; all others are up to date, with their files in the remote.
@@ -30,6 +29,7 @@ LOCKS = ("dvc.lock", "edits/dvc.lock")
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    pytest.importorskip("ray", reason="ray of the extra dev is not installed")
     with running(tmp_path_factory.mktemp("ray"), hosts=2, environment={}, slots=2) as found:
         yield found
 
