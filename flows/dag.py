@@ -18,7 +18,8 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ class Dag:
         except DvcException as error:
             raise InvalidInput(f"DVC cannot load the graph: {_flat(error)}") from None
         self._stages = {self._address(stage): stage for stage in self._graph}
+        self._contents: dict[str, tuple[tuple[int, int, int], Any]] = {}
+        for stage in self._graph:
+            for dep in stage.deps:
+                if isinstance(dep, ParamsDependency):  # DVC reads the file for each stage, twice
+                    dep.read_params = partial(self._read_params, dep)
         self._main = [self._address(stage) for stage in plan_repro(self._graph, main)]
         rest = [self._address(stage) for stage in plan_repro(self._graph)]
         self.order = list(dict.fromkeys([*self._main, *rest]))
@@ -146,7 +152,6 @@ class Dag:
             # Never go on with what an earlier attempt left in the object: with the new hashes of
             # the dependencies in it, the run cache would hand back the old outputs for them.
             _recall(stage, self._saved[address])
-            self._params.clear()
             if not self.why(address):
                 return "skip"
             stage.remove_outs(ignore_remove=False)
@@ -325,13 +330,11 @@ class Dag:
         return reasons
 
     def _values(self, dep: Any) -> dict[str, Any]:
-        """Return the present values of a parameter dependency; each file is read once."""
-        path = dep.fs_path
-        if path not in self._params:
-            self._params[path] = load_path(path, dep.fs) if Path(path).is_file() else {}
+        """Return the present values of a parameter dependency."""
+        content = self._content(dep)
         result = {}
         for key in dep.params:
-            value = self._params[path]
+            value = content
             try:
                 for part in key.split("."):
                     value = value[part]
@@ -340,9 +343,20 @@ class Dag:
             result[key] = value
         return result
 
-    @cached_property
-    def _params(self) -> dict[str, Any]:
-        return {}
+    def _content(self, dep: Any) -> Any:
+        """Return what a file of parameters holds; it is read again if it has changed."""
+        path = Path(dep.fs_path)
+        if not path.is_file():
+            return {}
+        info = path.stat()
+        state = info.st_ino, info.st_size, info.st_mtime_ns
+        if self._contents.get(dep.fs_path, ((0, 0, 0),))[0] != state:
+            self._contents[dep.fs_path] = state, load_path(dep.fs_path, dep.fs)
+        return self._contents[dep.fs_path][1]
+
+    def _read_params(self, dep: Any, **_: Any) -> dict[str, Any]:
+        """Return what DVC's own `read_params` returns."""
+        return deepcopy(self._values(dep))
 
     def _address(self, stage: Stage) -> str:
         file = os.path.relpath(stage.path, self._root)
