@@ -244,7 +244,9 @@ def _differences(place: Place, project: Project, *, pull: bool) -> list[str]:
 def _commit(project: Project) -> None:
     name = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
     assert project.command("git", "add", "-A").code == 0
-    assert project.command("git", *name, "commit", "-qm", "rendered").code == 0
+    assert (
+        project.command("git", *name, "commit", "-q", "--allow-empty", "-m", "rendered").code == 0
+    )
 
 
 @contextmanager
