@@ -224,7 +224,7 @@ def _busy(place: Place, process: "subprocess.Popen[str]") -> Node | None:
 def _differences(place: Place, project: Project, *, pull: bool) -> list[str]:
     """Compare lock files and every file with those of the first run."""
     if pull:
-        pulled = project.command("dvc", "pull", "-q")
+        pulled = project.command("dvc", "pull", "-q", "dvc.yaml", "edits/dvc.yaml")
         if pulled.code:
             return [f"dvc pull: {pulled.err[-500:]}"]
     paths = [project.root / "dvc.lock", project.root / "edits/dvc.lock"]
