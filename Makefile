@@ -24,7 +24,7 @@ studies: $(READY)  ## the paper's image experiments on data below $TASKVEC_DATA,
 test: check  ## everything that CI runs
 	python -m pytest -q $(PARALLEL)
 
-nightly: $(READY)  ## tests of servers that fail, of schedules and of a cluster, which take minutes
+nightly: $(READY)  ## tests of schedules and of a cluster, which take minutes
 	python -m pytest -q -m nightly
 
 coverage: $(READY)  ## the tests, and which lines of taskvec/ they do not reach; half as long again
