@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -26,18 +27,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, prefect_server: dict[str, str
     return Runs(tmp_path_factory.mktemp("runs"), prefect_server)
 
 
-def test_twenty_kills_lose_nothing_and_repeat_nothing(runs: Runs) -> None:
+@pytest.mark.parametrize(("trial", "wanted"), [(killed, 20), (orphaned, 5)])
+def test_kills_lose_nothing_repeat_nothing_and_leave_no_stage_behind(
+    runs: Runs, trial: Callable[[Runs, random.Random, int], tuple[int, str]], wanted: int
+) -> None:
     draw, kills = random.Random(0), 0
-    while kills < 20:
-        number, wrong = killed(runs, draw, 20 - kills)
-        assert wrong == ""
-        kills += number
-
-
-def test_stages_of_a_killed_driver_are_ended_even_frozen_ones(runs: Runs) -> None:
-    draw, kills = random.Random(0), 0
-    while kills < 5:
-        number, wrong = orphaned(runs, draw, 5 - kills)
+    while kills < wanted:
+        number, wrong = trial(runs, draw, wanted - kills)
         assert wrong == ""
         kills += number
 
