@@ -127,6 +127,7 @@ def measure(*, quick: bool) -> str:
     """Return the section of docs/benchmarks.md."""
     load = os.getloadavg()[0]
     rounds = QUICK if quick else FULL
+    # not in memory: a checkout with its data has some hundred megabytes
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         template = _template(directory / "template")

@@ -60,7 +60,7 @@ class RayWorkers(Workers):
         note: Callable[[str], None],
     ) -> None:
         """Take what `flows.runner.workers` is given; `start` connects."""
-        super().__init__(root, slots)
+        super().__init__(root, slots, {node.stage for node in stale if _is_here(node)})
         self._here, self._dag, self._stale, self._note = slots, dag, stale, note
         self._known: set[str] = set()  # digests that the remote has
         self._streams: set[Any] = set()

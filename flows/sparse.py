@@ -232,7 +232,7 @@ class HostDag(_Elsewhere):
     def __init__(self, root: Path) -> None:
         """Load the graph below ``root``; see `Dag`."""
         super().__init__(root)
-        self._entries: dict[str, dict[str, Any]] = {}  # stage -> what `made` returns
+        self._entries: dict[str, dict[str, Any]] = {}  # address -> what `made` returns
 
     def node(self, address: str) -> Node:
         """Return a stage.

@@ -23,7 +23,7 @@ def seed(root: Path) -> Path:
     with FileLock(shared / "prefect.lock"):
         if not made.exists():
             with started_prefect(shared, ui=False):
-                pass
+                pass  # it has made its tables
     home = root / ".taskvec/prefect"
     home.mkdir(parents=True, exist_ok=True)
     if not (home / made.name).exists():
