@@ -112,7 +112,7 @@ def gather(artifacts: Artifacts, params: Params, seed: int) -> Run:
     """Read what one seed left behind: all experts, and the edits that are made for it."""
     edits = [name for name, edit in params.edits.items() if seed in params.seeds_of(edit)]
     evaluations = [
-        _table(artifacts.evaluation(name, seed), tables.Evaluation)
+        read_table(artifacts.evaluation(name, seed), tables.Evaluation)
         for name in (*params.experts, *edits)
     ]
     vectors = {task: artifacts.vector(task, seed) for task in params.tasks}
@@ -121,7 +121,7 @@ def gather(artifacts: Artifacts, params: Params, seed: int) -> Run:
         seed=seed,
         scores=Scores.gather(evaluations),
         searches={
-            edit: _table(artifacts.search_table(edit, seed), tables.Search) for edit in edits
+            edit: read_table(artifacts.search_table(edit, seed), tables.Search) for edit in edits
         },
         chosen={edit: read_json(artifacts.coefficients(edit, seed)) for edit in edits},
         cosines=cosines,
@@ -129,7 +129,8 @@ def gather(artifacts: Artifacts, params: Params, seed: int) -> Run:
     )
 
 
-def _table(path: Path, schema: type[tables.Table]) -> pd.DataFrame:
+def read_table(path: Path, schema: type[tables.Table]) -> pd.DataFrame:
+    """Return what `taskvec.tables.read` returns; nobody changes it."""
     return kept.once(tables.read, path, schema, files=[path])
 
 

@@ -29,6 +29,7 @@ from tasks.findings import (
     groups,
     headlines,
     percent,
+    read_table,
     signed,
     span,
     spoken,
@@ -93,8 +94,8 @@ def render_page(artifacts: Artifacts, params: Params) -> str:
     edits = {name: edit for name, edit in params.edits.items() if name in run.chosen}
     params = params.model_copy(update={"edits": edits})
     training = {
-        task: kept.once(tables.read, path, tables.Training, files=[path])
-        for task, path in ((t, artifacts.training(t, run.seed)) for t in params.tasks)
+        task: read_table(artifacts.training(task, run.seed), tables.Training)
+        for task in params.tasks
     }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
