@@ -15,8 +15,8 @@ from random import Random
 from typing import Any
 
 import pytest
-from dvc.utils.serialize import dumps_yaml, load_yaml
-from hypothesis import HealthCheck, given, settings
+from dvc.utils.serialize import dumps_yaml, load_yaml, parse_yaml
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from flows.dag import Dag, StageChanged
@@ -410,6 +410,9 @@ def test_a_lock_file_written_an_entry_at_a_time_is_what_dvc_writes_at_once(
     tmp_path: Path, entries: dict[str, dict[str, object]], draw: Random
 ) -> None:
     path = tmp_path / "dvc.lock"
+    whole = dumps_yaml({"schema": "2.0", "stages": entries})
+    # What DVC itself does not read back, such as a next line (U+0085), no lock file holds.
+    assume(parse_yaml(whole, path) == {"schema": "2.0", "stages": entries})
     path.unlink(missing_ok=True)
     file = LockFile(path, {name: place for place, name in enumerate(entries)})
     for name in draw.sample(list(entries), len(entries)):
@@ -417,7 +420,7 @@ def test_a_lock_file_written_an_entry_at_a_time_is_what_dvc_writes_at_once(
         if draw.random() < 0.3:  # another process goes on
             file = LockFile(path, {name: place for place, name in enumerate(entries)})
         file.write(name, entries[name])
-    assert path.read_text() == dumps_yaml({"schema": "2.0", "stages": entries})
+    assert path.read_text() == whole
 
 
 def test_a_lock_file_is_whole_at_every_moment(done: Path) -> None:
