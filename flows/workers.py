@@ -76,6 +76,7 @@ class Child:
             hide: there are GPUs, and it may use no other.
         """
         self.devices = devices
+        self.stages: set[str] = set()  # that it has done: what they need is imported and loaded
         self.finished = False  # its last job, in good order
         self.pipe, theirs = context.Pipe()
         visible = ",".join(devices) if devices or hide else None
@@ -98,14 +99,19 @@ class Resident:
         self._mutex = threading.Lock()
         self._idle: list[tuple[float, Child]] = []
 
-    def take(self, devices: list[str]) -> Child | None:
-        """Return one that waits on exactly these devices."""
+    def take(self, stage: str, devices: list[str]) -> Child | None:
+        """Return one that waits on exactly these devices, if possible one that knows the stage."""
         with self._mutex:
-            for place, (_, child) in enumerate(self._idle):
-                if child.devices == devices and child.process.is_alive():
-                    del self._idle[place]
-                    return child
-        return None
+            fit = [
+                waiting
+                for waiting in self._idle
+                if waiting[1].devices == devices and waiting[1].process.is_alive()
+            ]
+            if not fit:
+                return None
+            chosen = next((waiting for waiting in fit if stage in waiting[1].stages), fit[0])
+            self._idle.remove(chosen)
+            return chosen[1]
 
     def keep(self, child: Child) -> None:
         """Let one wait."""
@@ -198,11 +204,12 @@ class Workers:
         environment = {k: v for k, v in os.environ.items() if k.startswith(OURS)}
         job = Job(node.stage, node.item, str(self._root), str(log), environment, assist)
         stays = node.stage in RESIDENT and not assist
-        child = resident.take(devices) if stays else None
+        child = resident.take(node.stage, devices) if stays else None
         if child is None:
             resident.make_room(devices)
             with self._starting, without_main():
                 child = Child(self._context, devices, hide=self.slots.gpus > 0)
+        child.stages.add(node.stage)
         self._running.add(child.process)
         try:
             _give(child, job, node.name)

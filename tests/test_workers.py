@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from flows.nodes import Node
 from flows.slots import Slots, find_slots
-from flows.workers import check_command
+from flows.workers import Child, Resident, check_command
 from taskvec.errors import InvalidInput
 from tests.project import EXPERIMENT, ROOT
 
@@ -387,6 +388,28 @@ def test_a_stage_that_keeps_what_it_loads_stays_on_its_device_until_the_room_is_
     assert attempts["kept after an error"] != [first]  # whatever it left is not used again
     assert attempts["living"] == []  # one ended with its error, the other one made room
     assert attempts["retired"] == []
+
+
+def test_a_waiting_process_that_knows_the_stage_is_taken_first() -> None:
+    class Waiting:
+        """A child without a process."""
+
+        process = SimpleNamespace(is_alive=lambda: True)
+
+        def __init__(self, devices: list[str], *stages: str) -> None:
+            self.devices, self.stages, self.finished = devices, set(stages), True
+
+    resident = Resident()
+    search, both, elsewhere = (
+        Waiting([], "search"),
+        Waiting([], "search", "report"),
+        Waiting(["7"], "report"),
+    )
+    for child in (elsewhere, search, both):
+        resident.keep(cast(Child, child))
+    taken: list[object] = [resident.take(stage, []) for stage in ("report", "evaluate", "report")]
+    assert taken == [both, search, None]  # what it does not know, any of its device can learn
+    assert resident.take("search", ["7"]) is cast(object, elsewhere)
 
 
 def test_an_idle_slot_assists_a_stage_until_somebody_wants_it(
