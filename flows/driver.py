@@ -34,6 +34,7 @@ from tasks.artifacts import experiments
 from taskvec.errors import Busy, Interrupted, TaskvecError
 
 LOOK_SECONDS = 2.0  # between looks at the code while there is nothing to do
+OBJECTS = 50_000  # new ones between collections during a run
 KEPT_SECONDS = 600.0  # that models stay loaded while nobody searches
 RUNS = 200  # after which it starts anew, whatever a library may have kept by then
 
@@ -112,6 +113,7 @@ class Driver:
             with suppress(Exception):  # whoever runs is told what is wrong with MLflow
                 if not recording.sends_later():
                     tracking.Connection(self._top).client  # noqa: B018
+        gc.set_threshold(OBJECTS)
         gc.freeze()  # what was imported is no garbage, and looking for it takes a second
 
     def serve(self, listening: socket.socket) -> None:
@@ -135,9 +137,14 @@ class Driver:
 
     def _next(self) -> Request | None:
         """Return the next request; None if something has changed before there is one."""
+        tidy = False
         while True:
             with suppress(queue.Empty):
                 return self._requests.get(timeout=LOOK_SECONDS)
+            if not tidy:  # now nobody waits for it
+                gc.collect()
+                gc.freeze()
+                tidy = True
             resident.retire(KEPT_SECONDS)
             if self._changed() and self._free.acquire(blocking=False):
                 return None

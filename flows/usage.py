@@ -19,9 +19,9 @@ Usage = dict[str, float | str]
 class Meter:
     """Measures this process from here to `read`; for a stage's own process.
 
-    Names: ``device``, ``peak_memory_mib`` (of the process), ``cpu_utilisation`` (processors busy,
-    on average), and where CUDA was used ``gpu_peak_memory_mib`` (allocated by torch, the largest of
-    the devices).
+    Names: ``device``, ``seconds`` (that have passed), ``peak_memory_mib`` (of the process),
+    ``cpu_utilisation`` (processors busy, on average), and where CUDA was used
+    ``gpu_peak_memory_mib`` (allocated by torch, the largest of the devices).
     """
 
     def __init__(self) -> None:
@@ -37,6 +37,7 @@ class Meter:
         wall = max(time.monotonic() - self._wall, 1e-9)
         found: Usage = {
             "device": "cpu",
+            "seconds": wall,
             "cpu_utilisation": (time.process_time() - self._busy) / wall,
         }
         with suppress(OSError, ValueError, StopIteration):

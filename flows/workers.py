@@ -109,7 +109,9 @@ class Resident:
             ]
             if not fit:
                 return None
-            chosen = next((waiting for waiting in fit if stage in waiting[1].stages), fit[0])
+            # the last one of these, which has most in its memory
+            knowing = [waiting for waiting in fit if stage in waiting[1].stages]
+            chosen = (knowing or fit)[-1]
             self._idle.remove(chosen)
             return chosen[1]
 
@@ -327,6 +329,7 @@ def _done(job: Job, pipe: Any) -> tuple[Any, ...]:
         del os.environ[name]
     os.environ.update(job.environment)
     os.chdir(job.root)
+    from tasks import kept
     from tasks.__main__ import perform
     from taskvec import params
 
@@ -336,7 +339,8 @@ def _done(job: Job, pipe: Any) -> tuple[Any, ...]:
 
     meter = Meter()
     try:
-        loaded = params.load(Path("params.yaml"))
+        file = Path("params.yaml")
+        loaded = kept.once(params.load, file, files=[Path(job.root, file)])
         perform(job.stage, job.item, loaded, Path(job.root), emit, assist=job.assist)
     except TaskvecError as error:
         return "error", str(error), error.exit_code

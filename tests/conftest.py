@@ -2,7 +2,6 @@
 
 import gc
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from tests.prefect_database import SHARED, seed
-from tests.project import ALL, Project
+from tests import session
+from tests.project import Project
 
 settings.register_profile(
     "mutation",  # tests/mutate.py: a few examples, always the same, and no search for a small one
@@ -26,12 +25,13 @@ settings.register_profile(
 MUTATION = os.environ.get("HYPOTHESIS_PROFILE") == "mutation"
 if MUTATION:
     settings.load_profile("mutation")
+SESSION = pytest.StashKey[session.Session]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     gc.disable()  # while thousands of tests are collected
     if not hasattr(config, "workerinput"):  # its environment is that of the workers, too
-        os.environ[SHARED] = tempfile.mkdtemp(prefix="taskvec-tests-")
+        config.stash[SESSION] = session.Session()
 
 
 def pytest_collection_finish() -> None:
@@ -42,7 +42,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
-        shutil.rmtree(os.environ.pop(SHARED))
+        config.stash[SESSION].end()
 
 
 @pytest.hookimpl(trylast=True)
@@ -59,26 +59,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def prefect_server() -> dict[str, str]:
     """Return the environment of a running Prefect server."""
-    from flows.servers import started_prefect
-
-    with started_prefect(seed(tmp_path_factory.mktemp("prefect")), ui=False) as server:
-        yield server.environment
+    return session.prefect_server()
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, prefect_server: dict[str, str]) -> Project:
+def finished(prefect_server: dict[str, str]) -> Project:
     """Return a project in which everything has run once; copy it, do not change it."""
-    project = Project.create(tmp_path_factory.mktemp("finished"), prefect_server)
-    done = project.taskvec("run")
-    assert done.code == 0, done.err
-    assert done.stages("run") == ALL, done.err
-    return project
+    return session.finished(prefect_server)
 
 
 @pytest.fixture
-def project(finished: Project) -> Iterator[Project]:
+def sending(finished: Project) -> Iterator[Project]:
     """Return a copy of the finished project, to change at will."""
     with tempfile.TemporaryDirectory() as directory:
         yield finished.copy(Path(directory) / "checkout")
+
+
+@pytest.fixture
+def project(sending: Project) -> Project:
+    """Return a copy whose runs wait to be sent to MLflow, which takes a third of their time."""
+    sending.server = {**sending.server, "TASKVEC_MLFLOW": "later"}
+    return sending

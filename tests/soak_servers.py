@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from flows import servers
-from tests.prefect_database import seed
+from tests.session import seed
 from tests.soak_runs import Moment, Runs, started, tail
 
 HUNG_SECONDS = 25.0

@@ -161,7 +161,6 @@ def test_who_has_another_environment_or_directory_works_alone(
 
 
 def test_changed_code_is_never_run_from_memory(project: Project) -> None:
-    project.server = {**project.server, "TASKVEC_MLFLOW": "later"}
     driver = started(project)
     try:
         before = psutil.Process(driver.pid).create_time()

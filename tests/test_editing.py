@@ -46,8 +46,9 @@ def test_an_edit_at_the_chosen_coefficient_is_the_edited_model_of_the_pipeline(
 
 
 def test_an_edit_by_a_method_is_evaluated_and_recorded_and_traced(
-    project: Project, tmp_path: Path
+    sending: Project, tmp_path: Path
 ) -> None:
+    project = sending
     out = tmp_path / "merged.safetensors"
     expression = 'c * ties(digits, faces, density=0.3, variant="sum")'
     done = project.taskvec(

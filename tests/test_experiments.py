@@ -21,6 +21,12 @@ NEW = {
 
 
 @pytest.fixture
+def project(sending: Project) -> Project:
+    """Return a project whose runs are in MLflow, too."""
+    return sending
+
+
+@pytest.fixture
 def trial(project: Project) -> Path:
     """Return an experiment that is the repository's own and more."""
     directory = project.root / "experiments" / "trial"

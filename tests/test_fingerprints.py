@@ -417,7 +417,8 @@ def test_every_function_that_a_stage_calls_is_in_its_fingerprint(
     called = calls_of_stages(tmp_path_factory.mktemp("experiment"))
     assert {stage for stage, *_ in called} == set(plan.NAMES)
     assert len(called) > 150
-    before = {stage: stage_digest(real, stage) for stage in plan.NAMES}
+    code = Code(real)
+    before = {stage: stage_digest(code, stage) for stage in plan.NAMES}
     missed = [
         f"{stage} calls {name}:{line} {function}"
         for stage, name, line, function in random.sample(called, SAMPLE)
@@ -439,12 +440,12 @@ def digest_with_change(root: Path, stage: str, name: str, line: int) -> str:
     lines = text.splitlines(keepends=True)
     lines.insert(last.lineno - 1, " " * last.col_offset + "_changed = 1\n")
     path.write_text("".join(lines))
-    digest = stage_digest(root, stage)
+    digest = stage_digest(Code(root), stage)
     path.write_text(text)
     return digest
 
 
-def stage_digest(root: Path, stage: str) -> str:
+def stage_digest(code: Code, stage: str) -> str:
     roots = [f"tasks.{stage}:{stage}", plan.ARITHMETIC]
     if stage == "prepare":
         roots.append("taskvec.datasets.digits")
@@ -452,7 +453,7 @@ def stage_digest(root: Path, stage: str) -> str:
         roots.append("taskvec.models.bundled")
     if stage == "search":
         roots.append("taskvec.strategies.grid")
-    return Code(root).fingerprint(roots)
+    return code.fingerprint(roots)
 
 
 def calls_of_stages(root: Path) -> list[tuple[str, str, int, str]]:

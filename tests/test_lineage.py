@@ -30,13 +30,6 @@ def lineage(finished: Project) -> Iterator[Lineage]:
         yield found
 
 
-@pytest.fixture
-def project(project: Project) -> Project:
-    """Return a copy of the finished project; these questions are none to MLflow."""
-    project.server = {**project.server, "TASKVEC_MLFLOW": "later"}
-    return project
-
-
 def locked(root: Path) -> dict[str, dict[str, Any]]:
     """Return stage -> entry of all lock files, as ruamel reads them."""
     found = {}

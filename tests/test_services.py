@@ -20,8 +20,8 @@ import pytest
 import requests
 
 from flows import keeper, services
-from tests.prefect_database import seed
 from tests.project import Project
+from tests.session import seed
 
 pytestmark = pytest.mark.pipeline
 

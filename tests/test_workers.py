@@ -378,6 +378,7 @@ def test_what_a_stage_used_is_told(attempts: dict[str, Any]) -> None:
     assert used["device"] == "cpu"
     assert used["peak_memory_mib"] > attempts["steps"]["used"]["peak_memory_mib"] + 150
     assert 0.2 < used["cpu_utilisation"] <= 1.5
+    assert 0 < used["seconds"] <= attempts["used"]["seconds"]
 
 
 def test_a_stage_that_keeps_what_it_loads_stays_on_its_device_until_the_room_is_needed(
@@ -405,10 +406,13 @@ def test_a_waiting_process_that_knows_the_stage_is_taken_first() -> None:
         Waiting([], "search", "report"),
         Waiting(["7"], "report"),
     )
-    for child in (elsewhere, search, both):
+    for child in (elsewhere, both, search):
         resident.keep(cast(Child, child))
     taken: list[object] = [resident.take(stage, []) for stage in ("report", "evaluate", "report")]
     assert taken == [both, search, None]  # what it does not know, any of its device can learn
+    resident.keep(cast(Child, both))
+    resident.keep(cast(Child, search))
+    assert resident.take("search", []) is cast(object, search)  # which worked last
     assert resident.take("search", ["7"]) is cast(object, elsewhere)
 
 
