@@ -8,7 +8,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo results studies test nightly coverage check soak cluster-test mutate readme bench clean-data
+.PHONY: demo results studies test suite nightly coverage check lint types soak cluster-test mutate readme \
+	bench clean-data
 
 demo: $(READY)  ## the default experiment, its table and its report
 	taskvec run
@@ -21,21 +22,28 @@ results: $(READY)  ## the default experiment over all seeds, into docs/results/ 
 studies: $(READY)  ## the paper's image experiments on data below $TASKVEC_DATA, into docs/results.md
 	python -m flows.studies
 
-test: check  ## everything that CI runs
+test: lint  ## everything that CI runs
+	$(MAKE) --no-print-directory -j2 types suite
+
+suite: $(READY)
 	python -m pytest -q $(PARALLEL)
 
-nightly: $(READY)  ## tests of schedules and of a cluster, which take minutes
+nightly: $(READY)  ## tests of schedules, of a cluster and of the benchmarks, which take minutes
 	python -m pytest -q -m nightly
 
 coverage: $(READY)  ## the tests, and which lines of taskvec/ they do not reach; half as long again
 	python -m pytest -q $(PARALLEL) --cov=taskvec --cov-report=term:skip-covered
 
-check: $(READY)  ## lint, types, import contracts, rendered files
+check: lint types  ## lint, types, import contracts, rendered files
+
+lint: $(READY)
 	ruff check .
 	ruff format --check .
-	mypy
 	lint-imports
 	python -m flows.plan --check
+
+types: $(READY)
+	mypy
 
 soak: $(READY)  ## faults by the thousand, into docs/reliability.md; ROW=bytes MINUTES=60; it goes on
 	python -m tests.soak $(ROW) --minutes $(or $(MINUTES),60)

@@ -30,7 +30,7 @@ from taskvec import checkpoints, streaming
 from taskvec.atomic import write_text
 from taskvec.mapped import open_weights
 from tests import soak_runs
-from tests.project import ROOT, Project
+from tests.project import ROOT, Project, Result
 from tests.soak_rows import ROWS, RUNS, Trial
 
 STATE = ROOT / ".taskvec" / "soak.json"
@@ -315,8 +315,16 @@ def _mutation(content: bytes, how: str, draw: random.Random) -> bytes:
     return b"\n".join(lines)
 
 
-def rebuilt(project: Project, draw: random.Random, what: str = "both") -> str:
-    """Rebuild an artifact under other circumstances, and compare it."""
+def rebuilt(project: Project, draw: random.Random) -> str:
+    """Rebuild an artifact under other circumstances; return what is not as it was."""
+    done, circumstances = reproduced(project, draw, "both")
+    if done.code != 0:
+        return f"exit code {done.code}: {done.err[-300:]}"
+    return "" if json.loads(done.out)["equal"] else f"other bits with {circumstances}"
+
+
+def reproduced(project: Project, draw: random.Random, what: str) -> tuple[Result, str]:
+    """Do `taskvec reproduce WHAT --json` under other circumstances; return also which."""
     seeds = {
         "TZ": draw.choice(["Asia/Kolkata", "America/St_Johns", "UTC", "Pacific/Chatham"]),
         "LC_ALL": draw.choice(["C", "C.UTF-8", "de_DE.UTF-8", "tr_TR.UTF-8"]),
@@ -333,9 +341,7 @@ def rebuilt(project: Project, draw: random.Random, what: str = "both") -> str:
             "-c",
             f"umask {mask}; exec taskset -c {cores} python -m flows.cli reproduce {what} --json",
         )
-    if done.code != 0:
-        return f"exit code {done.code}: {done.err[-300:]}"
-    return "" if json.loads(done.out)["equal"] else f"other bits with {seeds}, umask {mask}"
+    return done, f"{seeds}, umask {mask}, cores {cores}"
 
 
 WRITES = 25  # of each of the processes that race

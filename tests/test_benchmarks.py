@@ -20,6 +20,7 @@ from taskvec.search import Candidate
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.nightly
 def test_the_search_benchmark_runs_and_its_three_ways_agree() -> None:
     # a process of its own: it sets the number of threads of torch
     done = subprocess.run(
@@ -31,6 +32,7 @@ def test_the_search_benchmark_runs_and_its_three_ways_agree() -> None:
     assert all(way in done.stdout for way in ("bare forward pass", "one more coefficient", "naive"))
 
 
+@pytest.mark.nightly
 def test_every_strategy_runs_beside_the_grid_at_its_price() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "benchmarks", "strategies", "--quick"],
@@ -112,6 +114,7 @@ def test_a_search_that_the_stage_did_otherwise_is_refused() -> None:
             strategies._check(run_, best, other)
 
 
+@pytest.mark.nightly
 def test_the_merging_benchmark_runs_and_leaves_nothing_behind(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "merging", "--quick", "--scratch", str(tmp_path)],
