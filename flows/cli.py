@@ -500,6 +500,8 @@ def main() -> None:
     ending.hear()
     try:
         code = app(standalone_mode=False)
+        if code == 128 + signal.SIGINT:  # what Typer makes of an interruption
+            raise KeyboardInterrupt
         leave(code if isinstance(code, int) else 0)
     except TaskvecError as error:
         _say(f"error: {error}")

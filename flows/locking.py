@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,10 +21,18 @@ END_SECONDS = 20.0  # that a killed stage may take to end
 
 
 @contextmanager
-def held(root: Path, command: str, *, wait: bool) -> Iterator[None]:
+def held(
+    root: Path, command: str, *, wait: bool, say: Callable[[str], None] = lambda text: None
+) -> Iterator[None]:
     """Hold the checkout.
 
     The lock is the kernel's and ends with its process, however that ends.
+
+    Args:
+        root: the checkout.
+        command: that others are told of.
+        wait: until whoever holds it lets go.
+        say: is told for whom this waits.
 
     Raises:
         Busy: somebody holds it and ``wait`` is false; the message names the process.
@@ -32,13 +40,15 @@ def held(root: Path, command: str, *, wait: bool) -> Iterator[None]:
     directory = root / ".taskvec"
     directory.mkdir(exist_ok=True)
     holder = directory / "run.json"
-    lock = FileLock(directory / "run.lock", timeout=-1 if wait else 0)
+    lock = FileLock(directory / "run.lock")
     try:
-        lock.acquire()
+        lock.acquire(timeout=0)
     except Timeout:
-        raise Busy(
-            f"{_describe(holder)} works in this checkout; wait for it, or add --wait"
-        ) from None
+        who = f"{_describe(holder)} works in this checkout"
+        if not wait:
+            raise Busy(f"{who}; wait for it, or add --wait") from None
+        say(f"{who}; waiting for its end")
+        lock.acquire()
     try:
         holder.write_text(
             json.dumps({"pid": os.getpid(), "host": platform.node(), "command": command})

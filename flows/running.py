@@ -48,7 +48,7 @@ def bring_up_to_date(
     from flows import locking
 
     listener = listener or Listener()
-    with locking.held(root, "taskvec run", wait=wait):
+    with locking.held(root, "taskvec run", wait=wait, say=say):
         locking.sweep(root)
         dag, nodes = plan(root, targets, repair=True, say=say)
         stale = [node for node in nodes if node.reasons]

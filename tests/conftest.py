@@ -50,8 +50,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The longest first: with several processes the short files fill the gaps at the end.
-    items.sort(key=lambda item: item.get_closest_marker("pipeline") is None)
+    # The longest first: with several processes the short files fill the gaps at the end. And no
+    # two begin with a finished project: one would wait until the other has made it.
+    needing = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: (item.get_closest_marker("pipeline") is None, item.path in needing))
     if not MUTATION:
         return
     few = settings.get_profile("mutation").max_examples

@@ -2,12 +2,14 @@
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from flows import locking
 from tests.project import EXPERIMENT, ROOT, Project
 
 COMMANDS = (
@@ -110,6 +112,18 @@ def test_a_run_that_has_nothing_to_do_imports_no_more_than_status(
         assert done.returncode == 0, done.stderr
         assert modules == {"dvc"}
         assert "up to date" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_whatever_stops_a_command_is_told_by_its_exit_code(project: Project, number: int) -> None:
+    with locking.held(project.root, "a test", wait=False):
+        waiting = project.start("run", "--wait")
+        assert waiting.stderr is not None
+        assert "`a test`" in (first := waiting.stderr.readline())
+        waiting.send_signal(number)
+        _, errors = waiting.communicate(timeout=30)
+    assert waiting.returncode == 128 + number, first + errors
+    assert "goes on where it stopped" in errors and "Traceback" not in errors
 
 
 def test_status_in_json_says_what_is_stale_and_why(project: Project) -> None:

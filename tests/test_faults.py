@@ -166,16 +166,19 @@ def run(writer: Writer, directory: Path, *strace: str) -> tuple[int, list[str]]:
 
 
 def points(writer: Writer, directory: Path, lines: list[str]) -> list[tuple[str, int]]:
-    """Return (call, the how manieth of its kind) of all calls that touched a writer's files."""
+    """Return (call, the how manieth of its kind) of all calls that touched a writer's files.
+
+    As strace does when it injects a fault, count the calls of each thread by themselves.
+    """
     files = [re.escape(str(directory.resolve() / name)) for name in writer.watched]
     patterns = [re.compile('[<"]' + name.replace(r"\*", "[^/]*") + '[>"]') for name in files]
-    counts: Counter[str] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     found = []
     for line in lines:
-        if match := re.match(r"\d+ +(\w+)\(", line):
-            counts[match[1]] += 1
+        if match := re.match(r"(\d+) +(\w+)\(", line):
+            counts[match[1], match[2]] += 1
             if any(pattern.search(line) for pattern in patterns):
-                found.append((match[1], counts[match[1]]))
+                found.append((match[2], counts[match[1], match[2]]))
     return found
 
 
