@@ -193,7 +193,9 @@ def _section(
         "directories of their own on this machine and exchange files through an S3 server on it. "
         "*Beside the work* is what a further stage takes longer than its sleep, where stages "
         "follow each other in one slot. One stage includes the start: with Ray that of the "
-        "driver's connection and of the host's checkout, graph and fork server.",
+        "driver's connection and of the host's checkout, graph and fork server. The other hosts "
+        "start side by side with the further stages, and each takes seconds of a core for that: "
+        "where there are more hosts than cores, it is most of what is beside the work.",
     ]
     if whole:
         host = _beside_work(seconds, WAYS[1], stages)
