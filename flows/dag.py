@@ -15,6 +15,7 @@ What `dvc repro` would leave is left here byte for byte: see tests/test_pipeline
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -40,6 +41,9 @@ from tasks.artifacts import Artifacts
 from taskvec.errors import InvalidInput, TaskvecError, nearest
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # what happens is told by the flow
+
+
+UNFINISHED = re.compile(r"\.[\w-]{22}\.tmp", re.ASCII)
 
 
 class StageChanged(TaskvecError):
@@ -219,11 +223,17 @@ class Dag:
         }
 
     def repair(self) -> None:
-        """Remove a truncated rwlock file, which a kill of any DVC command may leave.
+        """Remove what a kill of any DVC command may leave.
 
-        DVC rewrites that file in place and then refuses to work for ever. Whoever writes it holds
-        its guard, which is held here: nobody is writing.
+        One is a truncated rwlock file: DVC rewrites it in place and then refuses to work for ever.
+        Whoever writes it holds its guard, which is held here: nobody is writing. Another are links
+        to the cache beside outputs, under the name that they have before they are renamed.
         """
+        places = {Path(out.fs_path).parent for stage in self._stages.values() for out in stage.outs}
+        if any(_unfinished(place) for place in places):
+            with self._locked():  # nobody is linking
+                for path in [path for place in places for path in _unfinished(place)]:
+                    path.unlink(missing_ok=True)
         path = Path(self._repo.tmp_dir) / RWLOCK_FILE
         guard = make_lock(str(path.with_name(RWLOCK_LOCK)), tmp_dir=self._repo.tmp_dir, wait=True)
         with self._mutex, guard:
@@ -420,6 +430,11 @@ def _differences(key: str, old: Any, new: Any) -> list[str]:
 def _brief(value: Any) -> str:
     text = "none" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _unfinished(directory: Path) -> list[Path]:
+    """Return the links that DVC did not come to rename."""
+    return [path for path in directory.glob(".*.tmp") if UNFINISHED.fullmatch(path.name)]
 
 
 def _flat(error: Exception) -> str:

@@ -379,6 +379,16 @@ def test_a_commit_keeps_what_others_wrote_meanwhile_and_leaves_no_temporary_file
     assert not list(done.glob(".writing*"))
 
 
+def test_links_that_a_kill_left_are_removed_and_nothing_else_is(done: Path) -> None:
+    left = done / "data/.bljbRzwSr_hWthXam6K-sA.tmp"
+    left.hardlink_to(done / "data/joined.txt")
+    own = done / "data/.notes.tmp"
+    own.touch()
+    Dag(done).repair()
+    assert not left.exists() and own.exists()
+    assert reasons(done) == {}
+
+
 def test_a_committed_stage_survives_a_collection_of_garbage_at_once(done: Path) -> None:
     """Its outputs are in the cache and in the lock file, or neither."""
     change(done, "params.yaml", "width: 1", "width: 2")
