@@ -1,8 +1,8 @@
 """`python -m tests.soak [ROW ...] [--minutes N]`: faults in numbers that no suite has time for.
 
-Each row has a target. Trials add up over invocations (.taskvec/soak.json), and docs/reliability.md
-has the sums. A trial that fails is printed with what repeats it. Several rows may be done at once,
-one by each process.
+Each row has a target. Trials add up over invocations and checkouts (docs/reliability.json), and
+docs/reliability.md has the sums. A trial that fails is printed and noted with the number that
+repeats it. Several rows may be done at once, one by each process.
 """
 
 import argparse
@@ -33,8 +33,9 @@ from tests import soak_runs
 from tests.project import ROOT, Project, Result
 from tests.soak_rows import ROWS, RUNS, Trial
 
-STATE = ROOT / ".taskvec" / "soak.json"
 PAGE = ROOT / "docs" / "reliability.md"
+STATE = PAGE.with_suffix(".json")
+NOTING = ROOT / ".taskvec" / "soak.lock"
 DAMAGES = ("bit", "page", "cut", "swap")
 DIGITS = tuple(bytes([digit]) for digit in b"0123456789")
 MUTATIONS = ("digest", "parameter", "command", "drop", "log", "header", "row")
@@ -85,13 +86,13 @@ def _state() -> dict[str, Any]:
 
 def _note(name: str, found: dict[str, Any]) -> None:
     """Write down what came out of a row; another process may be doing another one."""
-    STATE.parent.mkdir(exist_ok=True)
-    with FileLock(STATE.with_suffix(".lock")):
-        write_text(STATE, json.dumps({**_state(), name: found}, indent=2))
+    NOTING.parent.mkdir(exist_ok=True)
+    with FileLock(NOTING):
+        write_text(STATE, json.dumps({**_state(), name: found}, indent=2) + "\n")
 
 
 def page(state: dict[str, Any]) -> str:
-    """Return docs/reliability.md."""
+    """Return docs/reliability.md: the sums, and what failed."""
     lines = [
         "# Reliability",
         "",
@@ -107,6 +108,7 @@ def page(state: dict[str, Any]) -> str:
         "| row | what is done | what must hold | trials | failures |",
         "|---|---|---|---:|---:|",
     ]
+    told = []
     for row in ROWS.values():
         found = state.get(row.name, {"trials": 0, "failures": []})
         failures = found["failures"]
@@ -115,7 +117,8 @@ def page(state: dict[str, Any]) -> str:
             f"| {row.name} | {row.what} | {row.must} | {found['trials']} of {row.target} "
             f"| {len(failures)} |"
         )
-    return "\n".join([*lines, ""])
+        told += [f"- {row.name} {' '.join(failure.split())}" for failure in failures]
+    return "\n".join([*lines, *(["", "What failed:", "", *told] if told else []), ""])
 
 
 def _finished(directory: Path, server: dict[str, str]) -> Project:

@@ -1,10 +1,12 @@
 """A few of the faults that tests/soak.py does by the thousand."""
 
+import json
 import random
 
 import pytest
 
 from flows.lineage import Lineage
+from tests import soak
 from tests.project import Project
 from tests.soak import DAMAGES, MUTATIONS, ROWS, clean, damage, damaged, mutated, page, raced
 
@@ -36,5 +38,6 @@ def test_damage_changes_a_file(how: str) -> None:
 
 def test_the_page_adds_up() -> None:
     text = page({"bytes": {"trials": 7, "failures": ["3: x"]}})
-    assert "| 7 of 2000 | 1 |" in text
+    assert "| 7 of 2000 | 1 |" in text and "\n- bytes 3: x\n" in text
     assert text.count("\n| ") == 1 + len(ROWS) and len(MUTATIONS) == 7
+    assert soak.PAGE.read_text() == page(json.loads(soak.STATE.read_text()))
