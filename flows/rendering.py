@@ -34,14 +34,14 @@ def _digest(root: Path) -> str:
     digest = hashlib.sha256(sys.version.encode())
     for name in plan.PACKAGES:
         digest.update(version(name).encode())
-    sources = [
-        path
-        for room in ("flows", "taskvec", "tasks")
-        for path in (plan.SOURCES / room).rglob("*.py")
-    ]
-    sources += [plan.TEMPLATE, root / "params.yaml", Artifacts(root).top / "dvc.yaml"]
+    rooms = [plan.SOURCES / room for room in ("flows", "taskvec", "tasks")]
+    code = [path for room in rooms for path in room.rglob("*.py")]
+    top = Artifacts(root).top
+    own = [root / "params.yaml", top / "dvc.yaml", top / ".dvc/config", *plan.rendered(root)]
     digest.update("\n".join(plan.study_texts(root)).encode())
-    for path in [*sorted(sources), *plan.rendered(root)]:
-        digest.update(f"{path}\n".encode())
-        digest.update(path.read_bytes() if path.is_file() else b"")
+    # Without the directory of the checkout: a copy of it is as fresh.
+    for base, paths in ((plan.SOURCES, [*sorted(code), plan.TEMPLATE]), (top, own)):
+        for path in paths:
+            digest.update(f"{path.relative_to(base)}\n".encode())
+            digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()

@@ -71,7 +71,7 @@ class Runs:
         self.directory = directory
         self.environment = {**server, "TASKVEC_MLFLOW": "later"}
         self._template = tiny_experiment.create(directory / "template", self.environment)
-        rendered = self._template.command(sys.executable, "-m", "flows.plan")
+        rendered = self._template.taskvec("status")
         assert rendered.code == 0, rendered.err
         self._template.command(
             sys.executable, "-m", "compileall", "-q", "flows", "tasks", "taskvec"

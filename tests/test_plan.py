@@ -510,10 +510,15 @@ def test_a_missing_or_broken_dvc_yaml_is_one_line_with_its_place(checkout: Path)
 def test_the_rendering_is_remembered_until_a_source_or_a_rendered_file_changes(
     checkout: Path,
 ) -> None:
+    (checkout / ".dvc").mkdir()
+    (checkout / ".dvc/config").write_text("[core]\n")
     assert not rendering.is_fresh(checkout)
     rendering.remember(checkout)
     assert rendering.is_fresh(checkout)
-    for name in ("params.yaml", *RENDERED):
+    moved = checkout.rename(checkout.with_name("moved"))
+    assert rendering.is_fresh(moved)
+    moved.rename(checkout)
+    for name in ("params.yaml", ".dvc/config", *RENDERED):
         path = checkout / name
         text = path.read_text()
         path.write_text(f"{text}\n")
