@@ -169,13 +169,23 @@ class Project:
             **self.server,
         }
 
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        """Start `taskvec ARGUMENTS` and return the process, the leader of its own group."""
+    def start(self, *arguments: str, deaf: Collection[int] = ()) -> "subprocess.Popen[str]":
+        """Start `taskvec ARGUMENTS` and return the process, the leader of its own group.
+
+        Args:
+            *arguments: of the command.
+            deaf: signals that it is told to ignore, as `nohup` does.
+        """
+
+        def hear() -> None:  # also where the tests run in the background, or under `nohup`
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN if number in deaf else signal.SIG_DFL)
+
         return subprocess.Popen(
             [sys.executable, "-m", "flows.cli", *arguments],
             cwd=self.root, env=self.environment(), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-            preexec_fn=_hear_interrupts,
+            preexec_fn=hear,
         )  # fmt: skip
 
     def command(self, *words: str) -> Result:
@@ -206,11 +216,6 @@ class Project:
         text = path.read_text()
         assert old in text, f"{old!r} is not in {name}"
         path.write_text(text.replace(old, new, 1))
-
-
-def _hear_interrupts() -> None:
-    """Let Ctrl-C be heard also where the tests themselves run in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def result(code: int, out: str, err: str) -> Result:

@@ -126,6 +126,16 @@ def test_whatever_stops_a_command_is_told_by_its_exit_code(project: Project, num
     assert "goes on where it stopped" in errors and "Traceback" not in errors
 
 
+def test_under_nohup_a_run_goes_on_when_its_terminal_is_closed(project: Project) -> None:
+    with locking.held(project.root, "a test", wait=False):
+        waiting = project.start("run", "--wait", deaf=[signal.SIGHUP])
+        assert waiting.stderr is not None and "`a test`" in waiting.stderr.readline()
+        waiting.send_signal(signal.SIGHUP)
+        waiting.send_signal(signal.SIGTERM)
+        waiting.communicate(timeout=30)
+    assert waiting.returncode == 128 + signal.SIGTERM
+
+
 def test_status_in_json_says_what_is_stale_and_why(project: Project) -> None:
     content = json.loads(project.taskvec("status", "--json", "digits").out)
     assert content["up_to_date"] is False
