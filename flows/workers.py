@@ -312,6 +312,9 @@ def _work(pipe: Any, visible: str | None) -> None:
     """Do jobs until nobody is left to send one; the body of a child process."""
     threading.Thread(target=die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
+    # As in any other process. With the fork server's own method libraries make semaphores that
+    # somebody has to remove, and this process ends without warning.
+    multiprocessing.set_start_method(None, force=True)
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     while True:

@@ -105,7 +105,7 @@ def cut(place: Place, node: Node) -> str:
 def restart(place: Place, _: Node) -> str:
     """Restart the database."""
     if place.database is None:
-        return "PostgreSQL is not installed: nothing happened"
+        return "the package postgresql is not installed: nothing happened"
     place.database.restart()
     return "PostgreSQL restarted"
 

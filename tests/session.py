@@ -70,6 +70,7 @@ def finished(server: dict[str, str]) -> Project:
             done = Project.create(root, server).taskvec("run")
             assert done.code == 0, done.err
             assert done.stages("run") == ALL, done.err
+            assert "Warning" not in done.err, done.err  # nor do its processes leak anything
             write_text(found, str(root))
     return Project(Path(found.read_text()), server)
 
