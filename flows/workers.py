@@ -313,7 +313,7 @@ def _work(pipe: Any, visible: str | None) -> None:
     threading.Thread(target=die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
     # As in any other process. With the fork server's own method libraries make semaphores that
-    # somebody has to remove, and this process ends without warning.
+    # only an orderly end removes, and this process is ended by force.
     multiprocessing.set_start_method(None, force=True)
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
